@@ -1,0 +1,7 @@
+"""`python -m ming_app`: see cli.py."""
+
+import sys
+
+from ming_app.cli import main
+
+sys.exit(main())

@@ -1,0 +1,447 @@
+"""The command line, second face of the app: `python -m ming_app COMMAND`.
+
+Contract: every command takes `--json` (exactly one JSON object on stdout, everything else on stderr; a failure is the
+object {"error": {...}}), exit code 0 done, 1 failed, 2 wrong use, 130 interrupted; messages in the user's language.
+Whatever is heavy is imported inside the command that needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ming_app import __version__
+from ming_app.console import Console, use_utf8
+from ming_app.errors import MingError, UsageError
+from ming_app.settings import BACKENDS, PRECISIONS, Settings
+from ming_app.ui.text import t as page_text
+
+if TYPE_CHECKING:
+    from ming_app.answering import Streams
+    from ming_app.engine.types import Message, SamplingParams
+    from ming_app.molora.trace import RouterTrace
+
+SETTINGS_FLAGS = (
+    "model",
+    "adapter",
+    "weights",
+    "cache_dir",
+    "backend",
+    "precision",
+    "device",
+    "threads",
+    "context",
+    "lang",
+)
+SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+BROKEN_PIPE = 141  # as a shell reports a reader that went away: 128 + SIGPIPE
+TRACE_ENDINGS = (".npz", ".json")
+DISCLAIMER = (page_text("en", "app.disclaimer"), page_text("zh", "app.disclaimer"))
+
+LoadEngine = Callable[[Settings, Any], "Streams"]
+
+
+def main(argv: Sequence[str] | None = None, *, load_engine: LoadEngine | None = None) -> int:
+    """Runs one command; gives its exit code. `load_engine` stands in for `Engine.load` in tests of this contract."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    use_utf8()
+    own = words[: words.index("--")] if "--" in words else words
+    console = Console(language(own), "--json" in own)
+    try:
+        with console.capture():
+            return _run(words, console, load_engine or _load_engine)
+    except MingError as error:
+        return console.fail(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return console.interrupted()
+    except Exception as error:  # a bug: say so in the promised form
+        return console.crash(error)
+
+
+def _run(words: list[str], console: Console, load_engine: LoadEngine) -> int:
+    args = build_parser(console).parse_args(words)
+    settings = Settings.load({name: getattr(args, name, None) for name in SETTINGS_FLAGS})
+    return int(args.run(args, settings, console, load_engine))
+
+
+def language(words: Sequence[str]) -> str:
+    """ "zh" or "en", known before the words are parsed, so that a wrong word is explained in the right language."""
+    flag = ""
+    for i, word in enumerate(words):
+        if word == "--lang" and i + 1 < len(words):
+            flag = words[i + 1]
+        elif word.startswith("--lang="):
+            flag = word.removeprefix("--lang=")
+    try:
+        return Settings.load({"lang": flag or None}).message_lang()
+    except MingError:  # reported again, in full, when the command runs
+        return Settings(lang=flag).message_lang()
+
+
+def _load_engine(settings: Settings, progress: Any) -> Streams:
+    from ming_app.engine.engine import Engine
+
+    return Engine.load(settings, progress=progress)
+
+
+# -- the words a person may type --------------------------------------------------------------------------------------
+
+ARGPARSE_ZH = (
+    (r"the following arguments are required: (.*)", r"缺少参数：\1"),
+    (r"unrecognized arguments: (.*)", r"无法识别的参数：\1"),
+    (r"argument (.*?): invalid choice: (.*?) \(choose from (.*)\)", r"参数 \1 的值 \2 无效，可选：\3"),
+    (r"argument (.*?): invalid (?:int|float) value: (.*)", r"参数 \1 应为数字，而不是 \2"),
+    (r"argument (.*?): expected (?:one|at least one) argument", r"参数 \1 后缺少取值"),
+    (r"argument (.*?): not allowed with argument (.*)", r"参数 \1 不能与 \2 同时使用"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError, in both languages, where argparse would print and leave. Flags are written in full."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # else "--jso" would mean --json to it alone
+
+    def error(self, message: str) -> NoReturn:
+        zh = next((re.sub(en, zh, message) for en, zh in ARGPARSE_ZH if re.fullmatch(en, message)), message)
+        raise UsageError(f"{message}. See: {self.prog} --help", f"{zh}。用法见：{self.prog} --help")
+
+
+def build_parser(console: Console) -> argparse.ArgumentParser:
+    """The whole grammar, its help in the console's language."""
+    t = console.text
+    parser = Parser(
+        prog="python -m ming_app",
+        description=t(
+            "MING-MOE: a bilingual medical model with sparse LoRA experts. " + DISCLAIMER[0],
+            "MING-MOE：带稀疏 LoRA 专家的中英双语医学模型。" + DISCLAIMER[1],
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"ming-app {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common, sampling = _common_options(console), _sampling_options(console)
+
+    ask = _command(commands, "ask", cmd_ask, [common, sampling], t("answer one question", "回答一个问题"))
+    ask.add_argument(
+        "text", metavar="TEXT", help=t("the question; - reads it from standard input", "问题；- 表示从标准输入读取")
+    )
+    ask.add_argument(
+        "--trace", metavar="FILE", help=t("save which experts fired (.npz or .json)", "保存专家轨迹（.npz 或 .json）")
+    )
+
+    _command(commands, "chat", cmd_chat, [common, sampling], t("talk in the terminal", "在终端中对话"))
+
+    trace = _command(
+        commands, "trace", cmd_trace, [common, sampling], t("make or read a router trace", "生成或查看路由轨迹")
+    )
+    trace.add_argument(
+        "file",
+        metavar="FILE",
+        nargs="?",
+        help=t("trace to read, or to write with --prompt", "要读取的轨迹文件；与 --prompt 同用时为写入"),
+    )
+    trace.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help=t("answer TEXT and trace it; - reads standard input", "回答 TEXT 并记录轨迹；- 表示标准输入"),
+    )
+
+    verify = _command(
+        commands,
+        "verify",
+        cmd_verify,
+        [_plain_options(console)],
+        t("compare a checkpoint with expected logits", "将检查点与期望 logits 对比"),
+    )
+    for name in ("base", "adapter"):
+        verify.add_argument(f"--{name}", metavar="DIR", required=True, dest=f"{name}_dir")
+    verify.add_argument(
+        "--expected",
+        metavar="FILE",
+        required=True,
+        help=t("safetensors with ids, logits, experts", "含 ids、logits、专家的 safetensors 文件"),
+    )
+
+    from ming_app.models.weights_cli import add_weights_parser
+
+    add_weights_parser(commands, t, [common])
+    commands.choices["weights"].set_defaults(run=cmd_weights)
+
+    bench = _command(commands, "bench", cmd_bench, [common], t("measure speed and memory", "测量速度与内存"))
+    bench.add_argument(
+        "--only", metavar="NAME", action="append", help=t("a case to run; may be repeated", "只运行该项目；可重复")
+    )
+    bench.add_argument(
+        "--repeat", type=int, default=5, metavar="N", help=t("measurements per case (5)", "每项测量次数（5）")
+    )
+    bench.add_argument(
+        "--tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help=t("tokens to decode per measurement (64)", "每次解码的词元数（64）"),
+    )
+    bench.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help=t("prompt before decoding (128)", "解码前的提示词元数（128）"),
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[..., int], parents: list[argparse.ArgumentParser], summary: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, parents=parents)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _plain_options(console: Console) -> argparse.ArgumentParser:
+    """What every command takes."""
+    t = console.text
+    parser = Parser(add_help=False)
+    parser.add_argument(
+        "--json", action="store_true", help=t("one JSON object on stdout", "在标准输出给出一个 JSON 对象")
+    )
+    add_lang(parser, console)
+    return parser
+
+
+def add_lang(parser: argparse.ArgumentParser, console: Console) -> None:
+    parser.add_argument("--lang", choices=("zh", "en"), help=console.text("language of messages", "消息语言"))
+
+
+def _common_options(console: Console) -> argparse.ArgumentParser:
+    """What every command that loads a model takes."""
+    return Parser(add_help=False, parents=[_plain_options(console), settings_options(console)])
+
+
+def settings_options(console: Console) -> argparse.ArgumentParser:
+    """Which model, where and how; also for `python app.py`. Absent ones leave the MING_* environment in force."""
+    t = console.text
+    parser = Parser(add_help=False)
+    parser.add_argument("--model", help=t("catalogue name, local folder or hub id", "模型名、本地文件夹或 hub id"))
+    parser.add_argument(
+        "--adapter", help=t('adapter folder; "none" for the bare base', "适配器文件夹；none 表示只用基座")
+    )
+    parser.add_argument(
+        "--weights", metavar="PATH", help=t("file or folder with the base weights", "已有基座权重的文件或文件夹")
+    )
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", type=_path, help=t("where weights and engines are kept", "权重与引擎的缓存目录")
+    )
+    parser.add_argument("--backend", choices=BACKENDS)
+    parser.add_argument("--precision", choices=PRECISIONS)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help=t("CPU threads; 0: one per core", "CPU 线程数；0 为每核一个")
+    )
+    parser.add_argument("--context", type=int, metavar="N", help=t("context limit in tokens", "上下文上限（词元）"))
+    return parser
+
+
+def _sampling_options(console: Console) -> argparse.ArgumentParser:
+    t = console.text
+    parser = Parser(add_help=False)
+    parser.add_argument("--system", metavar="TEXT", default="", help=t("system prompt", "系统提示词"))
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=t("longest answer in tokens", "回答的最大词元数")
+    )
+    heat = parser.add_mutually_exclusive_group()
+    heat.add_argument(
+        "--greedy",
+        action="store_true",
+        help=t("always the likeliest token; reproducible", "总取概率最大的词元；结果可复现"),
+    )
+    heat.add_argument("--temperature", type=float, metavar="T")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, metavar="X")
+    parser.add_argument("--seed", type=int, metavar="S", help=t("makes sampling reproducible", "使采样可复现"))
+    return parser
+
+
+def _path(text: str) -> Any:
+    from pathlib import Path
+
+    return Path(text).expanduser()
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def cmd_ask(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """Answers one question, streamed; `--trace` saves the routing of prompt and answer."""
+    from ming_app.answering import answer
+    from ming_app.ui.record import save_record
+
+    question, params = _question(args.text), _sampling(args, trace=bool(args.trace))
+    _check_ending(args.trace)
+    with closing(load_engine(settings, console.progress)) as engine:
+        if args.trace and not engine.info.num_experts:
+            raise _no_experts()
+        reply = answer(engine, _messages(args.system, question), params, on_text=console.write)
+        console.line()
+        values = reply.to_dict(engine.info)
+    if args.trace and reply.finish.trace is not None:
+        values["trace"] = str(save_record(reply.finish.trace, args.trace))
+    _after_answer(console, values)
+    console.result(values)
+    return 0
+
+
+def _after_answer(console: Console, values: dict[str, Any]) -> None:
+    rate, first = values["tokens_per_second"], values["seconds_to_first_token"]
+    console.note(
+        f"[{values['model']} {values['precision']}, {values['new_tokens']} tokens, {rate:.1f} tokens/s, first after {first:.2f} s, {values['finish_reason']}]",
+        f"[{values['model']} {values['precision']}，{values['new_tokens']} 个词元，{rate:.1f} 词元/秒，首词元 {first:.2f} 秒，{values['finish_reason']}]",
+    )
+    console.note(*DISCLAIMER)
+
+
+def cmd_chat(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """A conversation in the terminal, or over a pipe: one question a line."""
+    from ming_app.repl import Repl
+
+    params = _sampling(args, trace=True)
+    with closing(load_engine(settings, console.progress)) as engine:
+        info = engine.info
+        console.note(
+            f"{info.title}, {info.precision}, {info.device}. {DISCLAIMER[0]}",
+            f"{info.title}，{info.precision}，{info.device}。{DISCLAIMER[1]}",
+        )
+        values = Repl(engine, console, params, args.system).run()
+    console.result(values)
+    return 0
+
+
+def cmd_trace(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """Summary of a trace: of a file, without any model, or of the answer to `--prompt`, kept in FILE if one is named."""
+    from ming_app.molora.trace import RouterTrace
+    from ming_app.trace_report import print_summary, summarize
+
+    if args.prompt is None:
+        if not args.file:
+            raise UsageError("Name a trace file, or give --prompt.", "请给出轨迹文件，或使用 --prompt。")
+        trace = RouterTrace.load(args.file)
+        values: dict[str, Any] = {"file": args.file}
+    else:
+        trace, values = _make_trace(args, settings, console, load_engine)
+    summary = summarize(trace)
+    print_summary(summary, console)
+    console.result({**summary, **values})
+    return 0
+
+
+def _make_trace(
+    args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine
+) -> tuple[RouterTrace, dict[str, Any]]:
+    from ming_app.answering import answer
+    from ming_app.ui.record import save_record
+
+    question, params = _question(args.prompt), _sampling(args, trace=True)
+    _check_ending(args.file)
+    with closing(load_engine(settings, console.progress)) as engine:
+        if not engine.info.num_experts:
+            raise _no_experts()
+        reply = answer(engine, _messages(args.system, question), params)
+        values = reply.to_dict(engine.info)
+    trace = reply.finish.trace
+    if trace is None:
+        raise RuntimeError("the engine gave no trace")
+    if args.file:
+        values["file"] = str(save_record(trace, args.file))
+    return trace, {"file": values.get("file"), "text": values["text"], "finish_reason": values["finish_reason"]}
+
+
+def cmd_verify(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """Differences between a checkpoint and the logits expected of it; exit code 1 when they are too large."""
+    from ming_app.verify import print_report, verify
+
+    report = verify(args.base_dir, args.adapter_dir, args.expected)
+    print_report(report, console)
+    console.result(report)
+    return 0 if report["ok"] else 1
+
+
+def cmd_weights(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """What weights are here and where they came from; see ming_app.models.weights_cli."""
+    from ming_app.models.weights_cli import run_weights, weights_text
+
+    result = run_weights(args, settings, console.progress)
+    console.line(weights_text(result, console.text))
+    console.result(result)
+    return 0
+
+
+def cmd_bench(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """Speed and memory of this machine, each case beside the one it is compared with."""
+    from ming_app.bench import print_results, run_bench
+
+    report = run_bench(
+        settings,
+        args.only or [],
+        repeat=args.repeat,
+        tokens=args.tokens,
+        prompt_tokens=args.prompt_tokens,
+        note=console.note,
+    )
+    print_results(report, console)
+    console.result(report)
+    return 0
+
+
+# -- shared by the commands -------------------------------------------------------------------------------------------
+
+
+def _question(text: str) -> str:
+    """The text to answer; "-" reads standard input. UTF-8 whatever the locale; other bytes are replaced. UsageError when empty."""
+    if text == "-":
+        text = sys.stdin.read()
+    else:
+        with contextlib.suppress(UnicodeEncodeError):  # a locale without UTF-8 hands the bytes over as surrogates
+            text = os.fsencode(text).decode("utf-8", "replace")
+    text = text.encode("utf-8", "replace").decode("utf-8").strip()
+    if not text:
+        raise UsageError("The question is empty.", "问题为空。")
+    return text
+
+
+def _messages(system: str, text: str) -> list[Message]:
+    from ming_app.engine.types import Message
+
+    return [*([Message("system", system)] if system else []), Message("user", text)]
+
+
+def _sampling(args: argparse.Namespace, *, trace: bool) -> SamplingParams:
+    from ming_app.engine.types import SamplingParams
+
+    given = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    if args.greedy:
+        given["temperature"] = 0.0
+    return SamplingParams(**given, trace=trace)
+
+
+def _check_ending(file: str | None) -> None:
+    """Before minutes of loading: a trace file must end in a known way."""
+    if file and not file.endswith(TRACE_ENDINGS):
+        raise UsageError(
+            f"A trace file ends in .npz or .json, not {file!r}.", f"轨迹文件应以 .npz 或 .json 结尾，而不是 {file!r}。"
+        )
+
+
+def _no_experts() -> UsageError:
+    return UsageError("This model has no experts, so there is nothing to trace.", "该模型没有专家，无轨迹可记录。")

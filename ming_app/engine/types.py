@@ -1,0 +1,192 @@
+"""The engine's contract: messages and sampling parameters in, events out. Imports only numpy and our trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from ming_app.errors import UsageError
+from ming_app.molora.trace import RouterTrace, TraceToken
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `role` is system, user or assistant; `content` is plain text, never interpreted as control tokens."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to decode. `temperature` 0 is greedy and reproducible; a `seed` makes sampling reproducible."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 40
+    """0 keeps all"""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.05
+    seed: int | None = None
+    deadline: float | None = None
+    """seconds from the request's start after which the answer is cut with reason "deadline" """
+    trace: bool = True
+    router_bias: np.ndarray | None = None
+    """float32 [L, P, E] added to the router logits of this request: -inf-like bans an expert, large forces it"""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_new_tokens": (1, 1 << 20),
+            "temperature": (0, 5),
+            "top_p": (0.01, 1),
+            "top_k": (0, 1 << 20),
+            "min_p": (0, 1),
+            "repetition_penalty": (0.5, 3),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            kinds = int if name in ("max_new_tokens", "top_k") else int | float
+            if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+                raise UsageError(
+                    f"{name} is {value!r}; it must be between {low} and {high}.",
+                    f"{name} 的值是 {value!r}；应在 {low} 到 {high} 之间。",
+                )
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 63):
+            raise UsageError("seed must be a whole number from 0 up.", "seed 应为不小于 0 的整数。")
+        if self.deadline is not None and not self.deadline > 0:
+            raise UsageError("deadline must be a positive number of seconds.", "deadline 应为正的秒数。")
+
+
+@dataclass(frozen=True)
+class Start:
+    """First event: the prompt has been read. `trace` holds the routing of the prompt (None when not traced)."""
+
+    prompt_tokens: int
+    max_new_tokens: int
+    """after capping by the room left in the context"""
+    context_limit: int
+    dropped_turns: int
+    """oldest turns that did not fit and were left out; the page says so"""
+    trace: RouterTrace | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """One text piece: whole characters. `tokens` are the model tokens that form it, usually one.
+
+    `experts` uint8 [n, L, P, k] and `weights` float16 [n, L, P, k] are their routing (None when not traced).
+    """
+
+    text: str
+    tokens: tuple[TraceToken, ...]
+    logprob: float
+    """sum over `tokens`"""
+    experts: np.ndarray | None
+    weights: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds and rates of one request."""
+
+    prefill_seconds: float
+    first_token_seconds: float
+    total_seconds: float
+    tokens_per_second: float
+    """decode only: new tokens after the first over the time they took; 0 when there is at most one"""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Last event. `reason`: stop (the model ended), length, cancelled, deadline. `trace` covers prompt and answer."""
+
+    reason: str
+    prompt_tokens: int
+    new_tokens: int
+    timings: Timings
+    trace: RouterTrace | None
+
+
+Event = Start | Token | Finish
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What is being served; shown in the page's badge and in `--json` outputs."""
+
+    model: str
+    title: str
+    backend: str
+    """"onnx" or "torch" """
+    precision: str
+    """"4bit", "mix", "8bit", "float32", "bf16", "nf4", "int8" """
+    device: str
+    num_layers: int
+    num_experts: int
+    """0 when served without an adapter"""
+    top_k: int
+    context_limit: int
+    fingerprint: str = ""
+    adapter_config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Result of one backend call over B rows.
+
+    `logits`: float32 [B, V] of each row's last token, or a list of [s_b, V] with all_logits.
+    `experts[b]` uint8 [s_b, L, P, k], `weights[b]` float16 [s_b, L, P, k]; both None without adapter.
+    """
+
+    logits: Any
+    experts: list[np.ndarray] | None
+    weights: list[np.ndarray] | None
+
+
+class Cache(Protocol):
+    """KV cache of B rows. `lengths` int64 [B]: tokens held per row."""
+
+    lengths: np.ndarray
+    capacity: int
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets all but the first `length` tokens of a row."""
+
+
+class Backend(Protocol):
+    """Runs the model: ids, a cache and an additive router bias in; logits and router rows out. Knows no text.
+
+    Rows may have different lengths, both in the cache and in `ids`; each row gives what it gives alone.
+    """
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    vocab_size: int
+    max_context: int
+    name: str
+    precision: str
+    device: str
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Room for `batch` rows of up to `capacity` tokens."""
+
+    def forward(
+        self,
+        ids: Sequence[np.ndarray],
+        cache: Any,  # the Cache that this backend's own new_cache made
+        *,
+        router_bias: np.ndarray | None = None,
+        all_logits: bool = False,
+    ) -> Step:
+        """Appends ids[b] (int64 [s_b], s_b >= 1) to row b of the cache. `router_bias` float32 [B, L, P, E] or None.
+
+        Raises ValueError when a row would exceed the cache's capacity; the cache is then unchanged.
+        """
+
+    def close(self) -> None:
+        """Frees weights and session; the backend cannot be used afterwards."""

@@ -1,0 +1,123 @@
+"""One typed `Settings`, read from MING_* environment variables and overridden by flags.
+
+Nothing else in the project reads the environment for its own configuration. No heavy imports here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import locale
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ming_app.errors import UsageError
+
+BACKENDS = ("auto", "onnx", "torch")
+PRECISIONS = ("auto", "4bit", "mix", "8bit", "float32", "bf16", "nf4", "int8")  # first three onnx, the rest torch
+
+
+def default_cache_dir() -> Path:
+    """The platform's cache folder for this app: XDG on Linux, ~/Library/Caches on macOS, %LOCALAPPDATA% on Windows."""
+    if sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "ming-app"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every knob of the app. Environment: MING_<FIELD IN CAPITALS>, e.g. MING_CACHE_DIR, MING_MODEL."""
+
+    model: str = "ming-moe-1.5b"
+    """A name of weights/catalog.toml, a local folder, or a hub id."""
+    adapter: str = ""
+    """Adapter folder to use in place of the catalogue's; "none" serves the bare base."""
+    weights: str = ""
+    """A file or folder that holds the base weights already (tried before any download; its hash still decides)."""
+    cache_dir: Path = field(default_factory=default_cache_dir)
+    """Where downloads and built engines live; MING_CACHE_DIR moves it."""
+    backend: str = "auto"
+    precision: str = "auto"
+    device: str = "auto"
+    """"auto", "cpu" or "cuda"."""
+    threads: int = 0
+    """CPU threads of the engine; 0 means one per physical core."""
+    context: int = 4096
+    """Context limit in tokens (prompt + answer), capped by the model's own."""
+    host: str = "127.0.0.1"
+    port: int = 7860
+    lang: str = ""
+    """Language of messages on the command line: "zh" or "en"; empty follows the locale."""
+    max_queue: int = 32
+    """Chat requests that may wait; one more is refused politely."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("backend", BACKENDS), ("precision", PRECISIONS), ("device", ("auto", "cpu", "cuda"))):
+            if getattr(self, name) not in allowed:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.",
+                    f"{name} 的值是 {getattr(self, name)!r}；请从 {'、'.join(allowed)} 中选择。",
+                )
+        for name, low, high in (
+            ("threads", 0, 1024),
+            ("context", 256, 1 << 20),  # less leaves no room for a question beside the system turn and an answer
+            ("port", 0, 65535),
+            ("max_queue", 1, 100_000),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)}; it must be between {low} and {high}.",
+                    f"{name} 的值是 {getattr(self, name)}；应在 {low} 到 {high} 之间。",
+                )
+
+    @classmethod
+    def load(cls, overrides: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None) -> Settings:
+        """Settings from the environment, then from `overrides` (entries that are None are ignored).
+
+        Raises UsageError for a value that cannot be read.
+        """
+        env = os.environ if env is None else env
+        values: dict[str, Any] = {}
+        for entry in fields(cls):
+            text = env.get(f"MING_{entry.name.upper()}")
+            if text:
+                values[entry.name] = _parse(entry.name, str(entry.type), text)
+        if env.get("SPACE_ID"):  # a Hugging Face Space is reached from outside, on this port
+            values = {"host": "0.0.0.0", "port": 7860, **values}
+        values.update({k: v for k, v in (overrides or {}).items() if v is not None})
+        return cls(**values)
+
+    def with_(self, **changes: Any) -> Settings:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def message_lang(self) -> str:
+        """ "zh" or "en": the `lang` setting, else the locale of the process."""
+        if self.lang:
+            return "zh" if self.lang.lower().startswith("zh") else "en"
+        name = os.environ.get("LC_ALL") or os.environ.get("LC_MESSAGES") or os.environ.get("LANG") or ""
+        if not name:  # Windows sets none of these; its own names read "Chinese (Simplified)_China"
+            with contextlib.suppress(ValueError):  # a locale that Python cannot name
+                name = locale.getlocale()[0] or ""
+        return "zh" if name.lower().startswith(("zh", "chinese")) else "en"
+
+
+def _parse(name: str, kind: str, text: str) -> Any:
+    if kind == "Path":
+        return Path(text).expanduser()
+    if kind != "int":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(
+            f"MING_{name.upper()} must be a whole number, not {text!r}.",
+            f"环境变量 MING_{name.upper()} 应为整数，而不是 {text!r}。",
+        ) from None

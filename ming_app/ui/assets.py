@@ -1,0 +1,19 @@
+"""The page's own files in static/, and what of them goes into <head>. Imports nothing of gradio."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+STATIC = Path(__file__).parent / "static"
+LOGO = STATIC / "logo.svg"
+
+
+def read(name: str) -> str:
+    """Text of a file in static/."""
+    return (STATIC / name).read_text(encoding="utf-8")
+
+
+def head() -> str:
+    """HTML for <head>: our style sheets and the page's script, inline so that they are there before the first paint."""
+    styles = "\n".join(read(name) for name in ("page.css", "panel.css"))
+    return f"<style>\n{styles}\n</style>\n<script>\n{read('page.js')}\n</script>"

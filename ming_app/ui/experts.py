@@ -1,0 +1,43 @@
+"""The expert panel as a Gradio component, and saving the routing record. All drawing happens in the browser.
+
+The component's value is the payload of router/payload.py; its words come as one JSON text, so that a change of
+language reaches the panel without drawing anything anew. Files: static/panel.html, panel*.js, panel.css.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import gradio as gr
+
+from ming_app.molora.trace import RouterTrace
+from ming_app.router.payload import empty_payload
+from ming_app.ui.assets import read
+from ming_app.ui.record import save_record
+from ming_app.ui.text import panel_texts
+
+SCRIPTS = ("panel_data.js", "panel_map.js", "panel.js")
+
+
+def words(lang: str) -> str:
+    """The panel's texts as JSON."""
+    return json.dumps(panel_texts(lang), ensure_ascii=False)
+
+
+def panel(lang: str) -> gr.HTML:
+    """The panel, empty. Update it with `gr.update(value=payload)` and `gr.update(words=words(lang))`."""
+    return gr.HTML(
+        value=empty_payload(),
+        html_template=read("panel.html"),
+        js_on_load="\n".join(read(name) for name in SCRIPTS),
+        apply_default_css=False,
+        elem_id="ming-panel",
+        words=words(lang),
+    )
+
+
+def dated_record(trace: RouterTrace, kind: str, folder: Path) -> Path:
+    """Writes the labelled trace as `kind` ("npz" or "json") into `folder` under a name with the time; gives the file."""
+    return save_record(trace, folder / f"ming-moe-routing-{time.strftime('%Y%m%d-%H%M%S')}.{kind}")

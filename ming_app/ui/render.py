@@ -1,0 +1,163 @@
+"""Small pieces of the page as HTML and Chatbot messages: pure functions of the session, everything escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+
+from ming_app.engine.types import EngineInfo
+from ming_app.errors import MingError
+from ming_app.models.progress import Progress
+from ming_app.ui.assets import read
+from ming_app.ui.chat import MAX_CHARS, Meter, Note, Session, Turn
+from ming_app.ui.loader import LoadState
+from ming_app.ui.text import TEXTS, duration_text, size_text, t
+
+JOINER = "\u2060"  # invisible; keeps "<" and "!" from opening a tag or an image, in text and in code alike
+_OPENS_TAG = re.compile(r"<(?=[A-Za-z/!?])")
+_OPENS_IMAGE = re.compile(r"!(?=\[)")
+
+
+def inert(text: str) -> str:
+    """Text for a Markdown view in which no HTML tag and no image can open. `restore` takes it back."""
+    return _OPENS_IMAGE.sub("!" + JOINER, _OPENS_TAG.sub("<" + JOINER, text))
+
+
+def restore(text: str) -> str:
+    """What `inert` was given."""
+    return text.replace("<" + JOINER, "<").replace("!" + JOINER, "!")
+
+
+def messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """Chatbot messages, one per turn in the same order."""
+    return [{"role": turn.role, "content": inert(turn.text) or "…"} for turn in turns]
+
+
+def brand(lang: str) -> str:
+    return f'<div class="m-brand">{read("logo.svg")}<div><h1>{escape(t(lang, "app.name"))}</h1><p>{escape(t(lang, "app.tagline"))}</p></div></div>'
+
+
+def welcome(lang: str) -> str:
+    return f'<div class="m-welcome"><h2>{escape(t(lang, "chat.welcome"))}</h2><p>{escape(t(lang, "chat.welcome_hint"))}</p></div>'
+
+
+def footer(lang: str) -> str:
+    return f'<p class="m-foot"><b>{escape(t(lang, "app.ai_label"))}</b> · {escape(t(lang, "app.disclaimer_short"))}</p>'
+
+
+def badge(lang: str, info: EngineInfo | None) -> str:
+    """Model, precision, backend and device, experts; and the AI label."""
+    label = f'<span class="m-pill m-ai">{escape(t(lang, "app.ai_label"))}</span>'
+    if info is None:
+        return f'<div class="m-badge">{label}</div>'
+    if info.num_experts:
+        experts = t(lang, "badge.experts", e=info.num_experts, k=info.top_k)
+    else:
+        experts = t(lang, "badge.no_adapter")
+    parts = [f"<b>{escape(info.title)}</b>", *map(escape, (info.precision, f"{info.backend} · {info.device}", experts))]
+    pills = "".join(f'<span class="m-pill">{part}</span>' for part in parts)
+    return f'<div class="m-badge" aria-label="{escape(t(lang, "badge.label"))}">{label}{pills}</div>'
+
+
+def status(session: Session, info: EngineInfo | None) -> str:
+    """One line: what is happening (announced to screen readers), speed, and how much of the context is used."""
+    lang, note = session.lang, session.status
+    kind = {"status.error": "m-bad", "status.failed": "m-bad"}.get(
+        note.key, "m-on" if session.run is not None or note.key == "status.queued" else ""
+    )
+    said = escape(t(lang, note.key, **note.values))
+    spoken = "" if note.key == "status.reading" else said  # a count of seconds would be read out every second
+    shown = f'<span class="m-dot"></span><span aria-hidden="true">{said}</span><span class="sr-only" role="status">{spoken}</span>'
+    return f'<div class="m-status {kind}">{shown}{_figures(lang, session.meter)}{_context(lang, session.meter, info)}</div>'
+
+
+def _figures(lang: str, meter: Meter) -> str:
+    parts = []
+    if meter.tokens_per_second:
+        parts.append(t(lang, "meter.speed", rate=f"{meter.tokens_per_second:.1f}"))
+    if meter.first_token_seconds:
+        parts.append(t(lang, "meter.first", seconds=f"{meter.first_token_seconds:.1f}"))
+    return "".join(f"<span>{escape(part)}</span>" for part in parts)
+
+
+def _context(lang: str, meter: Meter, info: EngineInfo | None) -> str:
+    if info is None:
+        return ""
+    share = min(1.0, meter.used / max(info.context_limit, 1))
+    text = escape(t(lang, "meter.context_used", used=meter.used, limit=info.context_limit))
+    bar = (
+        f'<span class="m-bar" role="meter" aria-label="{escape(t(lang, "meter.context"))}" aria-valuemin="0" '
+        f'aria-valuemax="{info.context_limit}" aria-valuenow="{meter.used}"><i style="width:{share:.1%}"></i></span>'
+    )
+    full = " m-full" if share > 0.9 else ""
+    return (
+        f'<span class="m-context{full}"><span>{escape(t(lang, "meter.context"))}</span>{bar}<span>{text}</span></span>'
+    )
+
+
+def notices(session: Session) -> str:
+    """Refusal and notices of the last question; empty when there is nothing to say."""
+    lang, lines = session.lang, []
+    if session.error is not None:
+        lines.append(f'<div class="m-notice m-bad" role="alert">{escape(session.error.message(lang))}</div>')
+    lines += [_notice(lang, note) for note in session.notices]
+    return "".join(lines)
+
+
+def _notice(lang: str, note: Note) -> str:
+    return f'<div class="m-notice" role="status">{escape(t(lang, note.key, **note.values))}</div>'
+
+
+def loading(lang: str, state: LoadState) -> str:
+    """Progress of loading, or why it failed; empty when the engine is ready."""
+    if state.engine is not None:
+        return ""
+    if state.error is not None:
+        known = isinstance(state.error, MingError)
+        why = state.error.message(lang) if isinstance(state.error, MingError) else ""
+        why = why if known else t(lang, "load.unexpected", kind=type(state.error).__name__)
+        return f'<div class="m-notice m-bad" role="alert"><b>{escape(t(lang, "load.failed"))}</b> {escape(why)}</div>'
+    return f'<div class="m-load" role="status" aria-live="off">{_progress(lang, state.progress)}<p>{escape(t(lang, "load.hint"))}</p></div>'
+
+
+def _progress(lang: str, progress: Progress | None) -> str:
+    if progress is None:
+        return f'<b>{escape(t(lang, "load.waiting"))}</b><div class="m-bar m-unknown"><i></i></div>'
+    key = f"load.{progress.stage}"
+    title = escape(t(lang, key if key in TEXTS else "load.waiting"))
+    facts = [progress.detail] if progress.detail else []
+    if progress.unit == "bytes":
+        facts.append(size_text(progress.done) + (f" / {size_text(progress.total)}" if progress.total else ""))
+        facts += [f"{size_text(progress.speed)}/s"] if progress.speed else []
+    elif progress.total:
+        facts.append(f"{progress.done} / {progress.total}")
+    if progress.eta is not None and progress.eta >= 1:
+        facts.append(t(lang, "load.left", time=duration_text(lang, progress.eta)))
+    share = f'<div class="m-bar"><i style="width:{progress.fraction:.1%}"></i></div>'
+    bar = share if progress.total else '<div class="m-bar m-unknown"><i></i></div>'
+    return f"<b>{title}</b>{bar}<p>{escape(' · '.join(facts))}</p>"
+
+
+def browser_words(lang: str) -> str:
+    """A hidden element from which page.js words the character count and the Chatbot's own small buttons."""
+    was = {
+        "chat.retry": ["Retry", "重试"],
+        "chat.edit": ["Edit", "编辑"],
+        "chat.copy": ["Copy message", "复制消息"],
+        "chat.copied": ["Copied message", "已复制消息"],
+        "chat.cancel": ["Cancel", "取消"],
+        "chat.resend": ["Submit", "提交"],
+        "chat.scroll": ["Scroll to bottom", "滚动到底部"],
+    }
+    words = {
+        "title": t(lang, "app.title"),
+        "was": was,
+        "now": {key: t(lang, key) for key in was},
+        "log": t(lang, "chat.label"),
+        "user": t(lang, "chat.input_label"),
+        "bot": t(lang, "chat.answer_label"),
+    }
+    count = t(lang, "chat.counter", n="{n}", limit=MAX_CHARS)
+    return f'<span id="ming-words" hidden data-count="{escape(count)}" data-words="{escape(json.dumps(words, ensure_ascii=False))}"></span>'

@@ -1,0 +1,94 @@
+// What the page does in the browser itself: appearance, remembered choices, keys, the character count.
+(() => {
+  const STORE = "ming.ui"; // {v: 1, lang, theme} and nothing else: no text a person typed is kept
+
+  const prefs = () => {
+    try { return { v: 1, ...JSON.parse(localStorage.getItem(STORE) || "{}") }; } catch { return { v: 1 }; }
+  };
+  const remember = (changes) => {
+    try { localStorage.setItem(STORE, JSON.stringify({ ...prefs(), ...changes })); } catch { /* private mode: choices last until reload */ }
+  };
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const paint = () => {
+    const theme = prefs().theme || "auto";
+    document.body?.classList.toggle("dark", theme === "dark" || (theme === "auto" && system.matches));
+  };
+  system.addEventListener("change", paint);
+
+  const language = () => ((prefs().lang || navigator.language || "en").toLowerCase().startsWith("zh") ? "zh" : "en");
+  // The page is built in English; one that will be Chinese is held back (a moment, page.css sees to that) until reworded.
+  document.documentElement.classList.toggle("ming-hold", language() !== "en");
+
+  window.ming = {
+    // Interface language and appearance to begin with.
+    first: () => {
+      paint();
+      document.documentElement.lang = language() === "zh" ? "zh-CN" : "en";
+      return [language(), prefs().theme || "auto"];
+    },
+    ready: () => {
+      document.documentElement.classList.remove("ming-hold");
+      document.documentElement.dataset.ming = "ready";
+    },
+    setLang: (lang) => {
+      remember({ lang });
+      document.documentElement.lang = lang === "zh" ? "zh-CN" : "en";
+    },
+    setTheme: (theme) => { remember({ theme }); paint(); },
+    // Downloads the file that the server has just prepared.
+    save: (file) => {
+      const link = Object.assign(document.createElement("a"), { href: file.url, download: file.orig_name });
+      document.body.append(link);
+      link.click();
+      link.remove();
+    },
+  };
+
+  const input = () => document.querySelector("#ming-input textarea");
+
+  // Keys pressed while an input method is composing (pinyin) belong to it: Enter must not send, Escape must not stop.
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && event.target === input() && (event.isComposing || event.keyCode === 229)) event.stopImmediatePropagation();
+    if (event.key === "Escape" && !event.isComposing && event.keyCode !== 229) {
+      const button = document.querySelector("#ming-stop");
+      if (button && button.offsetParent) { button.click(); input()?.focus(); }
+    }
+  }, true);
+
+  const count = () => {
+    const area = input(), text = document.querySelector("#ming-words")?.dataset.count;
+    if (!area || !text) return;
+    let made = document.querySelector("#ming-count");
+    if (!made) {
+      made = Object.assign(document.createElement("span"), { id: "ming-count" });
+      made.setAttribute("aria-hidden", "true");
+      document.querySelector("#ming-input").append(made);
+    }
+    const used = [...area.value].length, said = used ? text.replace("{n}", used) : "";
+    if (made.textContent !== said) made.textContent = said;
+  };
+  document.addEventListener("input", (event) => { if (event.target === input()) count(); }, true);
+  setInterval(count, 500); // the box is also filled and emptied by the page, without an input event
+
+  // Gradio words its own small buttons by the browser's language; the page's language decides here.
+  const relabel = () => {
+    const words = document.querySelector("#ming-words")?.dataset.words;
+    if (!words) return;
+    const table = JSON.parse(words), put = (made, name, text) => { if (made.getAttribute(name) !== text) made.setAttribute(name, text); };
+    for (const button of document.querySelectorAll("#ming-chat button[aria-label]")) {
+      const key = button.dataset.key || Object.keys(table.was).find((name) => table.was[name].includes(button.getAttribute("aria-label")));
+      if (!key) continue;
+      button.dataset.key = key;
+      for (const name of ["aria-label", "title"]) if (button.hasAttribute(name)) put(button, name, table.now[key]);
+    }
+    if (document.title !== table.title) document.title = table.title;
+    const log = document.querySelector("#ming-chat [role=log]");
+    if (log) put(log, "aria-label", table.log);
+    for (const made of document.querySelectorAll("#ming-chat [data-testid=user], #ming-chat [data-testid=bot]")) put(made, "aria-label", table[made.dataset.testid]);
+  };
+  // At most once in 120 ms, also while an answer streams without a pause.
+  new MutationObserver(() => { relabel.timer ??= setTimeout(() => { relabel.timer = null; relabel(); }, 120); })
+    .observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-words"] });
+  document.addEventListener("DOMContentLoaded", paint);
+  paint();
+})();

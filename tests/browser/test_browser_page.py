@@ -1,0 +1,507 @@
+"""The page in Chromium over the scripted engine: streaming, panel, keys, languages, appearance, widths."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ming_app.errors import FetchError
+from ming_app.models.progress import Progress
+from ming_app.molora.trace import RouterTrace
+from ming_app.router.tables import load_table, token_table
+from ming_app.settings import Settings
+from ming_app.ui.loader import EngineLoader
+from tests.fakes import FakeEngine
+
+pytestmark = pytest.mark.browser
+
+ANSWER = (
+    "高血压的**生活方式调整**：\n\n1. 限盐，每日不超过 5 克。\n2. 规律运动，如快走 30 分钟 💪。\n\n"
+    "| 项目 | 目标 |\n|---|---|\n| 血压 | <140/90 mmHg |\n\nSee a doctor if it stays high despite these changes.\n"
+)
+ATTACK = (
+    "<img src=x onerror=alert(1)> <script>alert(2)</script> ![t](http://track.example/a.png) <b>bold</b> "
+    "[x](javascript:alert(3)) </div><iframe src=//evil.example></iframe> `<i>`"
+)
+
+
+def engine(script: Any = ANSWER, **options: Any) -> FakeEngine:
+    return FakeEngine(script, num_layers=options.pop("num_layers", 12), **options)
+
+
+def overflow(page: Any) -> list[str]:
+    """Visible elements that stick out of the window sideways, other than what scrolls inside its own box.
+
+    The page clips what sticks out, so its own scroll width would tell nothing.
+    """
+    return page.evaluate(
+        """() => {
+          const scrolls = (e) => {
+            for (let box = e.parentElement; box && box !== document.body; box = box.parentElement)
+              if (['auto', 'scroll'].includes(getComputedStyle(box).overflowX)) return true;
+            return false;
+          };
+          const out = (e) => {
+            const box = e.getBoundingClientRect();
+            return box.width > 1 && box.height > 0 && (box.right > innerWidth + 1 || box.left < -1);
+          };
+          return [...document.querySelectorAll('body *')].filter((e) => out(e) && e.checkVisibility() && !scrolls(e))
+            .slice(0, 8).map((e) => `${e.tagName}#${e.id}.${e.className} ${e.getBoundingClientRect().right}`);
+        }"""
+    )
+
+
+CHOOSE = """async () => {
+  const began = performance.now();
+  document.querySelectorAll('.xp-tok:not(.xp-q)')[20].click();
+  while (document.querySelectorAll('.xp-grid tbody tr').length < 12) await new Promise((next) => setTimeout(next, 5));
+  return performance.now() - began;
+}"""
+
+
+def test_ask_watch_it_stream_and_look_at_a_token(serve: Any, visit: Any) -> None:
+    v = visit(serve(engine(delay=0.05)))
+    page = v.page
+    v.watch()
+    v.ask("How do I lower my blood pressure?")
+    page.wait_for_selector(".xp-live:visible")
+    v.finished()
+    page.wait_for_selector(".xp-live", state="hidden")
+    counts, texts = v.seen()
+    assert counts == sorted(counts) and len(set(counts)) >= 4 and len(set(texts)) >= 5
+    assert page.locator("#ming-chat strong").inner_text() == "生活方式调整"
+    assert page.locator("#ming-chat table").count() == 1
+    assert "tokens/s" in v.text("#ming-status") and "of 4096 tokens" in v.text("#ming-status")
+    tokens = page.locator(".xp-tok:not(.xp-q)")
+    assert page.evaluate(CHOOSE) < 3000
+    assert page.locator(".xp-grid tbody tr").count() == 12
+    assert tokens.nth(20).get_attribute("aria-selected") == "true"
+    assert "layer" in page.locator(".xp-say").inner_text().lower()
+    v.shot("asked_1440_en_light")
+    assert v.errors == [] and v.outside == []
+
+
+def test_the_panel_shows_what_the_trace_holds(serve: Any, visit: Any) -> None:
+    """Strip, detail, load and table in the browser against the Python tables of the same trace."""
+    fake = engine("多喝水 and rest 💧 well", num_layers=5)
+    v = visit(serve(fake))
+    page = v.page
+    v.ask("q")
+    v.finished()
+    page.wait_for_selector(".xp-live", state="hidden")
+    with page.expect_download() as download:
+        page.click("#ming-save-npz")
+    trace = RouterTrace.load(download.value.path())
+    first = next(i for i, t in enumerate(trace.tokens) if t.role == "answer")
+    layer, last_tokens = 3, [members[-1] for _, members in trace.pieces() if members[0] >= first]
+    page.fill(".xp-layer input", str(layer))
+    for name, projection in (("0", "gate"), ("2", "down")):
+        page.check(f".xp-seg input[value='{name}']", force=True)
+        shown = [int(x) for x in page.locator(".xp-tok:not(.xp-q) sub").all_inner_texts()]
+        assert shown == [int(trace.top_expert(layer, projection)[i]) for i in last_tokens]
+        shares = page.eval_on_selector_all(".xp-load-row", "rows => rows.map(r => +r.dataset.share)")
+        expected = [row.share for row in load_table(trace, layer=layer, projection=projection, role="answer")]
+        assert shares == pytest.approx(expected, abs=1e-5)
+    page.check(".xp-scope input")
+    shares = page.eval_on_selector_all(".xp-load-row", "rows => rows.map(r => +r.dataset.share)")
+    assert shares == pytest.approx([row.share for row in load_table(trace, role="answer")], abs=1e-5)
+    page.locator(".xp-tok:not(.xp-q)").nth(2).click()
+    bars = page.eval_on_selector_all(
+        ".xp-grid tbody tr",
+        "rows => rows.map(r => [...r.querySelectorAll('td')].map(c => [...c.querySelectorAll('b')].map(b => +b.textContent)))",
+    )
+    assert bars == [[[e for e, _ in cell] for cell in row] for row in token_table(trace, last_tokens[2])]
+    page.check(".xp-astable input")
+    rows = page.locator(".xp-twin tbody tr")
+    assert rows.count() == len(trace) - first
+    assert rows.nth(0).locator("td").nth(4).inner_text().startswith(f"{trace.experts[first, layer, 2, 0]} (")
+    page.check(".xp-prompt input")
+    assert rows.count() == len(trace)
+
+
+def test_choice_and_scroll_survive_the_stream(serve: Any, visit: Any) -> None:
+    v = visit(serve(engine("word " * 400, delay=0.05)))
+    page = v.page
+    v.ask("q")
+    page.wait_for_function("document.querySelectorAll('.xp-tok:not(.xp-q)').length > 40")
+    page.locator(".xp-tok:not(.xp-q)").nth(5).click()
+    page.fill(".xp-layer input", "2")
+    page.eval_on_selector(".xp-map", "box => { box.scrollLeft = 3; box.dispatchEvent(new Event('scroll')) }")
+    page.eval_on_selector(".xp-strip", "box => { box.scrollTop = 0 }")
+    before = page.locator(".xp-tok").count()
+    page.wait_for_function(f"document.querySelectorAll('.xp-tok').length > {before + 20}")
+    assert page.locator(".xp-tok:not(.xp-q)").nth(5).get_attribute("aria-selected") == "true"
+    assert page.locator(".xp-layer output").inner_text() == "2"
+    assert page.eval_on_selector(".xp-map", "box => box.scrollLeft") < 10
+    assert page.eval_on_selector(".xp-strip", "box => box.scrollTop") < 10
+    assert page.locator(".xp-grid tbody tr").count() == 12
+
+
+def test_stop_by_button_and_by_escape(serve: Any, visit: Any) -> None:
+    fake = engine("word " * 4000, delay=0.02)
+    v = visit(serve(fake))
+    page = v.page
+    for stop in (lambda: page.click("#ming-stop"), lambda: page.keyboard.press("Escape")):
+        page.click("#ming-new")  # so that nothing of the round before can be taken for this one's
+        page.wait_for_selector(".m-welcome")
+        page.wait_for_selector(".xp-empty", state="visible")
+        v.ask("q")
+        page.wait_for_selector("#ming-stop", state="visible")
+        page.wait_for_selector(".xp-live:visible")
+        page.wait_for_function("document.querySelectorAll('.xp-tok:not(.xp-q)').length > 10")
+        assert not page.is_visible("#ming-send")
+        stop()
+        page.wait_for_selector("#ming-send", state="visible", timeout=5000)
+        assert fake.open_streams == 0
+        page.wait_for_function("document.querySelector('#ming-status').innerText.includes('Stopped')")
+        assert "word" in page.locator("#ming-chat [data-testid=bot]").last.inner_text()
+    page.wait_for_selector(".xp-live", state="hidden")  # the panel too has its last, complete state
+
+
+def test_leaving_the_page_frees_the_engine(serve: Any, visit: Any) -> None:
+    fake = engine("word " * 4000, delay=0.02)
+    v = visit(serve(fake))
+    v.ask("q")
+    v.page.wait_for_selector(".xp-live:visible")
+    v.page.close()
+    for _ in range(100):
+        if not fake.open_streams:
+            break
+        time.sleep(0.1)
+    assert fake.open_streams == 0
+
+
+def test_a_waiting_question_can_be_taken_back(serve: Any, visit: Any) -> None:
+    fake = engine("word " * 4000, delay=0.02)
+    url = serve(fake)
+    one, two = visit(url), visit(url)
+    one.ask("first")
+    one.page.wait_for_selector(".xp-live:visible")
+    two.ask("second")
+    two.page.wait_for_function("document.querySelector('#ming-status').innerText.includes('1 before you')")
+    two.page.click("#ming-stop")
+    two.page.wait_for_selector("#ming-send", state="visible")
+    assert two.page.input_value("#ming-input textarea") == "second"
+    assert two.page.locator("#ming-chat [data-testid=user]").count() == 0
+    one.page.click("#ming-stop")
+    one.page.wait_for_selector("#ming-send", state="visible")
+    assert [m[-1].content for m, _ in fake.calls] == ["first"]
+
+
+def test_busy_is_said_politely(serve: Any, visit: Any) -> None:
+    url = serve(engine("word " * 4000, delay=0.02), Settings(max_queue=1))
+    visitors = [visit(url, locale="zh-CN") for _ in range(3)]
+    for v in visitors[:2]:
+        v.ask("问题")
+        v.page.wait_for_selector("#ming-stop", state="visible")
+        v.until(lambda: sum(serve.queued()) == visitors.index(v) + 1)  # noqa: B023 (asked at once)
+    assert serve.queued() == (1, 1)
+    visitors[2].ask("我的问题")
+    visitors[2].page.wait_for_selector("text=当前提问人数较多")
+    assert visitors[2].page.input_value("#ming-input textarea") == "我的问题"
+    visitors[2].shot("busy_1440_zh_light", full=False)
+
+
+def test_retry_edit_and_new_chat(serve: Any, visit: Any) -> None:
+    fake = engine(lambda messages: f"Answer {len(fake.calls)} to {messages[-1].content}")
+    v = visit(serve(fake))
+    page = v.page
+    for number, question in enumerate(("alpha", "beta"), 1):
+        v.ask(question)
+        v.finished()
+        page.wait_for_selector(f"text=Answer {number} to {question}")
+    page.locator("#ming-chat button[aria-label='Answer again']").last.click()
+    page.wait_for_selector("text=Answer 3 to beta")
+    v.finished()
+    assert [m.content for m in fake.calls[-1][0]] == ["alpha", "Answer 1 to alpha", "beta"] and len(fake.calls) == 3
+    assert page.locator("#ming-chat [data-testid=user]").count() == 2
+    page.locator("#ming-chat .message-row.user-row").first.hover()
+    page.locator("#ming-chat button[aria-label='Edit the question']").first.click()
+    editor = page.locator("#ming-chat textarea")
+    editor.fill("gamma <b>x</b>")
+    page.locator("#ming-chat button[aria-label='Send the edited question']").first.click()
+    page.wait_for_selector("text=Answer 4 to gamma")
+    v.answers = 1
+    v.finished()
+    assert [m.content for m in fake.calls[-1][0]] == ["gamma <b>x</b>"]
+    assert page.locator("#ming-chat [data-testid=user]").count() == 1
+    page.click("#ming-new")
+    page.wait_for_selector(".m-welcome")
+    assert page.locator(".xp-empty").is_visible() and "0 of 4096" in v.text("#ming-status")
+
+
+def test_an_example_is_asked_by_click(serve: Any, visit: Any) -> None:
+    fake = engine("ok")
+    v = visit(serve(fake), locale="zh-CN")
+    v.page.click("#ming-chat .example >> nth=0")
+    v.finished()
+    assert "血压" in fake.calls[0][0][0].content
+
+
+def test_enter_newline_and_input_method(serve: Any, visit: Any) -> None:
+    fake = engine("ok")
+    v = visit(serve(fake))
+    page = v.page
+    page.click("#ming-input textarea")
+    page.keyboard.type("line one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("line two")
+    compose = (
+        "new KeyboardEvent('keydown', {key: 'Enter', keyCode: 229, bubbles: true, cancelable: true, isComposing: true})"
+    )
+    page.eval_on_selector("#ming-input textarea", f"area => area.dispatchEvent({compose})")
+    page.wait_for_timeout(400)
+    assert fake.calls == []
+    assert page.inner_text("#ming-count") == "17 of 8000 characters"
+    page.keyboard.press("Enter")
+    v.finished()
+    assert fake.calls[0][0][0].content == "line one\nline two"
+    assert page.input_value("#ming-input textarea") == ""
+
+
+def test_escape_of_an_input_method_stops_nothing(serve: Any, visit: Any) -> None:
+    """Escape gives up a half-typed pinyin word; the answer that is being written goes on."""
+    v = visit(serve(engine("word " * 4000, delay=0.02)))
+    page, tokens = v.page, v.page.locator(".xp-tok:not(.xp-q)")
+    v.ask("q")
+    page.wait_for_selector(".xp-live:visible")
+    compose = "new KeyboardEvent('keydown', {key: 'Escape', keyCode: 229, bubbles: true, isComposing: true})"
+    page.eval_on_selector("#ming-input textarea", f"area => area.dispatchEvent({compose})")
+    before = tokens.count()
+    v.until(lambda: tokens.count() > before + 60)
+    assert page.is_visible("#ming-stop")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#ming-send", state="visible")
+
+
+def test_a_refused_question_stays(serve: Any, visit: Any) -> None:
+    v = visit(serve(engine("ok", context_limit=64)), locale="zh-CN")
+    v.ask("很长的问题" * 40)
+    v.page.wait_for_selector("#ming-notices .m-bad")
+    assert "200" in v.text("#ming-notices")
+    v.page.wait_for_function("document.querySelector('#ming-input textarea').value.length === 200")
+    v.shot("refused_1440_zh_light", full=False)
+    v.page.fill("#ming-input textarea", "   ")
+    v.page.keyboard.press("Enter")
+    v.page.wait_for_selector("text=请先输入问题")
+
+
+def test_language_follows_the_browser_then_the_person(serve: Any, visit: Any) -> None:
+    url = serve(engine(delay=0.01))
+    v = visit(url, locale="zh-CN")
+    page = v.page
+    page.wait_for_selector("text=想了解哪方面的医学问题")
+    assert page.get_attribute("html", "lang") == "zh-CN"
+    v.ask("问题")
+    v.finished()
+    page.click("#ming-lang label:has-text('English')")
+    page.wait_for_selector("text=Experts at work")
+    for text in ("Finished", "Answer settings", "New chat", "Load", "One token", "AI-generated content", "About"):
+        page.locator(f"text={text}").first.wait_for()
+    visible = page.evaluate("document.querySelector('.gradio-container').innerText")
+    left = {c for line in visible.splitlines() for c in line if "\u4e00" <= c <= "\u9fff"}
+    assert left <= set(ANSWER) | set("中文问题")
+    page.reload()
+    page.wait_for_selector("text=What would you like to understand?")
+    assert page.get_attribute("html", "lang") == "en"
+
+
+def test_words_change_while_an_answer_streams(serve: Any, visit: Any) -> None:
+    v = visit(serve(engine("word " * 200, delay=0.04)))
+    v.ask("q")
+    v.page.wait_for_selector(".xp-live:visible")
+    v.page.click("#ming-lang label:has-text('中文')")
+    v.page.wait_for_selector("text=正在回答")
+    v.page.wait_for_selector("text=专家在工作")
+    v.finished()
+    v.page.wait_for_selector("text=回答完毕")
+    assert v.page.locator("#ming-chat [data-testid=bot]").inner_text().count("word") == 200
+
+
+def test_appearance(serve: Any, visit: Any) -> None:
+    v = visit(serve(engine()), scheme="dark")
+    page = v.page
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(background) == "rgb(14, 22, 24)"
+    page.click("#ming-theme label:has-text('Light')")
+    page.wait_for_function(f"{background} === 'rgb(244, 247, 247)'")
+    page.reload()
+    page.wait_for_selector("#ming-input textarea")
+    page.wait_for_function(f"{background} === 'rgb(244, 247, 247)'")
+    page.wait_for_selector("#ming-theme label.selected:has-text('Light')")
+
+
+@pytest.mark.parametrize(
+    "width,locale,scheme",
+    [(390, "zh-CN", "dark"), (390, "en-US", "light"), (1440, "zh-CN", "dark"), (2200, "en-US", "light")],
+)
+def test_nothing_overflows(serve: Any, visit: Any, width: int, locale: str, scheme: str) -> None:
+    fake = engine(ANSWER * 3, num_layers=28)
+    fake.info = replace(fake.info, title="a_folder_of_somebody/with_a_long_name_and_nowhere_to_break_it_7B_Instruct")
+    v = visit(
+        serve(fake),
+        locale=locale,
+        width=width,
+        height=844 if width < 500 else 900,
+        scheme=scheme,
+    )
+    name = f"{width}_{locale[:2]}_{scheme}"
+    assert overflow(v.page) == []
+    v.shot(f"empty_{name}", full=False)
+    v.ask("血压偏高怎么办？ What can I do about high blood pressure?")
+    v.finished()
+    v.page.locator(".xp-tok:not(.xp-q)").nth(7).click()
+    v.page.wait_for_timeout(200)
+    assert overflow(v.page) == []
+    foot = v.page.locator("#ming-foot").bounding_box()
+    assert foot["y"] + foot["height"] <= v.page.viewport_size["height"] + 1  # the disclaimer is in sight, whole
+    middle = [foot["x"] + foot["width"] / 2, foot["y"] + foot["height"] / 2]
+    assert v.page.evaluate("([x, y]) => document.elementFromPoint(x, y).closest('#ming-foot') !== null", middle)
+    v.shot(f"answered_{name}")
+    v.page.click("#ming-settings button")
+    v.page.wait_for_timeout(400)
+    assert overflow(v.page) == []
+    v.shot(f"settings_{name}", full=False)
+    v.page.click("button[role=tab]:has-text('About'), button[role=tab]:has-text('说明')")
+    v.page.wait_for_timeout(300)
+    assert overflow(v.page) == []
+    v.shot(f"about_{name}", full=False)
+
+
+def test_model_text_and_typed_text_are_inert(serve: Any, visit: Any) -> None:
+    v = visit(serve(engine(ATTACK)))
+    page = v.page
+    v.ask(ATTACK)
+    v.finished()
+    page.locator(".xp-tok:not(.xp-q)").nth(3).click()
+    page.check(".xp-prompt input")
+    page.check(".xp-astable input")
+    page.wait_for_timeout(500)
+    assert v.dialogs == [] and v.outside == []
+    inside = page.evaluate(
+        "[...document.querySelectorAll('#ming-chat .message img, #ming-chat .message iframe, #ming-chat .message script, "
+        "#ming-chat .message b, #ming-panel img, #ming-panel script, [onerror]')].length"
+    )
+    assert inside == 0
+    assert "javascript:" not in page.evaluate("[...document.querySelectorAll('#ming-chat a')].map(a => a.href).join()")
+    assert "<img src=x" in page.locator("#ming-chat [data-testid=bot]").inner_text().replace("\u2060", "")
+
+
+def test_copied_text_carries_the_label(serve: Any, visit: Any) -> None:
+    v = visit(serve(engine("Drink water.")), locale="zh-CN")
+    v.ask("q")
+    v.finished()
+    v.until(lambda: v.page.locator("#ming-chat button[data-key='chat.copy']").count() == 2)
+    offered = v.page.locator("#ming-chat button[data-key='chat.copy']:visible")
+    assert offered.count() == 1  # a person's own words are not AI-generated: their copy would be labelled too
+    v.page.evaluate("navigator.clipboard.writeText('')")
+    offered.click()
+    v.until(lambda: bool(v.page.evaluate("navigator.clipboard.readText()")))
+    copied = v.page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith("Drink water.") and "人工智能" in copied and "Fake model" in copied
+
+
+def test_keyboard_alone(serve: Any, visit: Any) -> None:
+    v = visit(serve(engine("one two three four five six", num_layers=4)))
+    page = v.page
+    v.ask("q")
+    v.finished()
+    page.focus(".xp-strip")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    chosen = page.locator(".xp-tok[aria-selected=true]")
+    assert chosen.locator(".xp-text").inner_text().strip() == "two"
+    page.keyboard.press("ArrowDown")
+    assert page.locator(".xp-layer output").inner_text() == "3"
+    page.keyboard.press("End")
+    assert chosen.locator(".xp-text").inner_text().strip() == "six"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.className") == "xp-detail"
+    page.focus(".xp-map")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowUp")
+    assert chosen.locator(".xp-text").inner_text().strip() == "one"
+    assert page.locator(".xp-layer output").inner_text() == "2"
+    box = page.locator(".xp-map canvas").bounding_box()
+    page.mouse.click(box["x"] + 26 + 13 * 3 + 3, box["y"] + 46 + 14 * 1 + 5)
+    assert page.locator(".xp-layer output").inner_text() == "1"
+
+
+def test_records_are_saved(serve: Any, visit: Any, tmp_path: Path) -> None:
+    v = visit(serve(engine("ok fine")))
+    assert not v.page.is_visible("#ming-save-json")
+    v.ask("q")
+    v.finished()
+    for kind in ("json", "npz"):
+        with v.page.expect_download() as download:
+            v.page.click(f"#ming-save-{kind}")
+        assert download.value.suggested_filename.endswith(f".{kind}")
+        kept = tmp_path / f"trace.{kind}"
+        download.value.save_as(kept)
+        assert RouterTrace.load(kept).config["ai_generated"] is True
+
+
+def test_settings_reset(serve: Any, visit: Any) -> None:
+    fake = engine("ok")
+    v = visit(serve(fake))
+    page = v.page
+    page.click("#ming-settings button")
+    number = page.locator("#ming-temperature input[type=number]")
+    number.fill("0")
+    number.blur()
+    v.ask("q")
+    v.finished()
+    assert fake.calls[-1][1].temperature == 0
+    page.click("text=Reset to defaults")
+    page.wait_for_function("document.querySelector('#ming-temperature input[type=number]').value === '0.7'")
+
+
+def test_without_adapter(serve: Any, visit: Any) -> None:
+    v = visit(serve(engine("ok", num_experts=0)), locale="zh-CN")
+    v.ask("q")
+    v.finished()
+    assert "未加载专家适配器" in v.text(".xp-empty")
+
+
+def test_a_loading_engine(serve: Any, visit: Any) -> None:
+    """Progress with bytes and time left, a failure in words, another try, then chat opens."""
+    steps: list[Any] = [
+        "wait",
+        FetchError("No network. Connect and try again.", "没有网络，请联网后重试。"),
+        "wait",
+        engine("ok"),
+    ]
+    go = {"on": False}
+
+    def load(progress: Any) -> Any:
+        steps.pop(0)
+        progress(Progress("fetch", 300_000_000, 1_117_000_000, "bytes", "part 6 of 22", 25e6, 33.0))
+        while not go["on"]:
+            time.sleep(0.05)
+        go["on"] = False
+        result = steps.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    loader = EngineLoader(load)
+    loader.start()
+    v = visit(serve(loader), locale="zh-CN")
+    page = v.page
+    page.wait_for_selector("text=300 MB / 1.1 GB")
+    page.wait_for_selector("#ming-send[disabled]")
+    v.shot("loading_1440_zh_light", full=False)
+    go["on"] = True
+    page.wait_for_selector("text=没有网络")
+    v.shot("failed_1440_zh_light", full=False)
+    page.click("button:has-text('重试')")
+    page.wait_for_selector("text=正在下载")
+    go["on"] = True
+    page.wait_for_selector("#ming-send:not([disabled])")
+    v.ask("q")
+    v.finished()
+    assert "Fake model" in v.text("#ming-tools")

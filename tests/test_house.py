@@ -1,0 +1,250 @@
+"""The house rules that a machine can check: README against code, requirements against imports, sizes, forbidden text."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ming_app.cli import build_parser
+from ming_app.console import Console
+from ming_app.models.catalog import Model, list_models
+from ming_app.models.store import gigabytes
+from ming_app.settings import BACKENDS, PRECISIONS, Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 550
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+README_PRECISIONS = ("4bit", "mix", "8bit", "nf4", "bf16")
+DISTRIBUTIONS = {
+    "huggingface_hub": "huggingface_hub",
+    "ml_dtypes": "ml_dtypes",
+    "yaml": "PyYAML",
+    "llama_cpp": "llama-cpp-python",
+}
+"""import name -> distribution, where they differ in more than case"""
+IGNORED = re.compile(
+    r"(^|/)(\.git|__pycache__|\.venv|\.(pytest|ruff|mypy)_cache|[^/]*\.egg-info)(/|$)|\.pyc$|"
+    r"^(runs|build|tests/browser/screenshots)/"
+)
+"""what .gitignore names, for where git does not answer"""
+
+
+def tracked_files() -> list[Path]:
+    """What git would ship: tracked files and new ones that are not ignored. Where git cannot say, what lies here."""
+    try:
+        words = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):  # an unpacked archive, or a checkout that belongs to another user
+        listed = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*")]
+        listed = [name for name in listed if not IGNORED.search(name)]
+    return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+
+
+def text_of(path: Path) -> str | None:
+    """The text of a file, None for a binary one."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def front_matter() -> dict:
+    return yaml.safe_load(README.split("---")[1])
+
+
+def requirements(name: str = "requirements.txt") -> dict[str, str]:
+    """distribution -> its bounds, files included by -r too."""
+    found: dict[str, str] = {}
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        line = line.partition("#")[0].strip()
+        if line.startswith("-r "):
+            found |= requirements(line[3:])
+        elif line:
+            match = re.match(r"([\w.-]+)(.*)", line)
+            assert match
+            found[match[1]] = match[2].strip()
+    return found
+
+
+# -- README -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_space_runs_the_gradio_of_the_requirements() -> None:
+    assert requirements()["gradio"] == f"=={front_matter()['sdk_version']}"
+
+
+def test_front_matter_is_what_a_space_needs() -> None:
+    values = front_matter()
+    assert values["sdk"] == "gradio" and values["license"] == "apache-2.0" and values["python_version"] == "3.12"
+    assert (ROOT / values["app_file"]).is_file()
+    assert len(values["short_description"]) <= 60
+    default = next(model for model in list_models() if model.default)
+    source = next(s for s in default.sources if hasattr(s, "file") and hasattr(s, "repo"))
+    assert values["preload_from_hub"] == [f"{source.repo} {source.file} {source.revision}"]
+    known = {s.repo for m in list_models() for s in (*m.sources, m.adapter_hub) if s is not None and hasattr(s, "repo")}
+    assert set(values["models"]) <= known
+
+
+def models_table(models: list[Model]) -> str:
+    """The README's table of models. Memory in GB, as the catalogue has it."""
+    lines = [f"| model | base | download | {' | '.join(README_PRECISIONS)} | base licence |"]
+    lines.append(f"|---|---|---:|{'---:|' * len(README_PRECISIONS)}---|")
+    for model in models:
+        base = model.title.partition("(")[2].rstrip(")")
+        memory = " | ".join(f"{model.memory_gb[p]:g}" for p in README_PRECISIONS)
+        licence = model.licence.partition(", Apache-2.0 (adapter)")[0].replace(" (base)", "").replace("(base, ", "(")
+        lines.append(
+            f"| `{model.name}`{' (default)' if model.default else ''} | {base} | {gigabytes(model.size)} | {memory} | {licence} |"
+        )
+    return "\n".join(lines)
+
+
+def test_the_models_table_is_the_catalogue() -> None:
+    shown = re.search(r"<!-- models:begin.*?-->\n(.*?)\n?<!-- models:end -->", README, re.DOTALL)
+    assert shown
+    table = models_table(list_models())
+    assert shown[1] == table, f"README.md should say:\n{table}"
+
+
+def test_the_readme_names_every_precision_and_backend() -> None:
+    for name in (*PRECISIONS, *BACKENDS):
+        assert name == "auto" or f"`{name}`" in README or name in ("onnx", "torch"), name
+
+
+def test_every_command_of_the_readme_parses() -> None:
+    """Each line `python -m ming_app ...` of the README is accepted by the real grammar."""
+    import shlex
+
+    lines = re.findall(r"python -m ming_app ([a-z]+ .*?)(?:`|\s{2,}#|$)", README, re.MULTILINE)
+    parser = build_parser(Console("en"))
+    commands = set()
+    for line in lines:
+        words = shlex.split(line.strip())
+        commands.add(parser.parse_args(words).command)
+    assert commands >= {"ask", "chat", "trace", "verify", "weights", "bench"}
+
+
+def test_variables_of_the_readme_exist() -> None:
+    fields = {f"MING_{name.upper()}" for name in Settings.__dataclass_fields__}
+    assert set(re.findall(r"MING_[A-Z_]+", README)) <= fields
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for path in re.findall(r"`((?:examples|training|weights|ming_app)/[\w./-]+\.\w+)`", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    install, test = "pip install -r requirements-dev.txt", "python -m pytest"
+    assert f"{install} && {test}" in README
+    lines = [line.strip().replace("pip install -q ", "pip install ") for line in script.splitlines()]
+    assert install in lines and lines[-1] == test
+
+
+# -- requirements -----------------------------------------------------------------------------------------------------
+
+
+def third_party_imports(*roots: str) -> dict[str, Path]:
+    """Top-level import name -> a file that imports it, for what is neither ours nor Python's."""
+    own = {"ming_app", "training", "tests", "app"} | {file.stem for file in (ROOT / "tests").rglob("*.py")}
+    found: dict[str, Path] = {}
+    files = [f for root in roots for f in ([ROOT / root] if root.endswith(".py") else (ROOT / root).rglob("*.py"))]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            for name in (n.partition(".")[0] for n in names):
+                if name not in own and name not in sys.stdlib_module_names:
+                    found[name] = file
+    return found
+
+
+def normal(name: str) -> str:
+    return DISTRIBUTIONS.get(name, name).lower().replace("_", "-")
+
+
+@pytest.mark.parametrize(
+    ("roots", "file"),
+    [(("ming_app", "training", "app.py"), "requirements-bench.txt"), (("tests",), "requirements-dev.txt")],
+)
+def test_every_import_is_required(roots: tuple[str, ...], file: str) -> None:
+    required = {normal(name) for name in requirements(file)}
+    for name, where in third_party_imports(*roots).items():
+        assert normal(name) in required, f"{where.relative_to(ROOT)} imports {name}, which {file} lacks"
+
+
+def test_every_requirement_is_imported_and_explained() -> None:
+    code = "\n".join(text_of(f) or "" for root in ("ming_app", "training") for f in (ROOT / root).rglob("*.py"))
+    for name in requirements():  # by text: one import runs in a child process, as a string
+        module = next((m for m, d in DISTRIBUTIONS.items() if d == name), name)
+        assert re.search(rf"^\s*(import|from) {module}\b", code, re.MULTILINE), f"nothing imports {name}"
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        assert not line or "#" in line, f"why is {line} needed?"
+
+
+def test_only_the_benchmark_imports_llama() -> None:
+    assert (
+        third_party_imports("ming_app", "training", "app.py")["llama_cpp"] == ROOT / "ming_app" / "bench" / "worker.py"
+    )
+    assert not any("llama" in name for name in requirements())
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_file_is_too_long() -> None:
+    long = {
+        str(path.relative_to(ROOT)): len(text.splitlines())
+        for path in tracked_files()
+        if path.suffix in (".py", ".js", ".html", ".css") and (text := text_of(path)) is not None
+    }
+    assert {name: n for name, n in long.items() if n > MAX_LINES} == {}
+
+
+def test_every_module_states_its_contract() -> None:
+    missing = [
+        str(path.relative_to(ROOT))
+        for path in tracked_files()
+        if path.suffix == ".py" and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert missing == []
+
+
+def test_no_registry_host_and_no_local_path_in_any_text() -> None:
+    hosts = ["pypi" + ".org", "pythonhosted" + ".org", "npmjs" + ".org", "debian" + ".org", "anaconda" + ".org"]
+    folders = [f"{start}{name}" for name in ("/work/", "/root/", "/home/") for start in (" ", '"', "'", "`", "(", "=")]
+    for path in tracked_files():
+        text = text_of(path)
+        if text is not None and path != Path(__file__):
+            assert [part for part in (*hosts, *folders) if part in text] == [], path
+
+
+def test_imports_run_one_way() -> None:
+    """molora <- models <- engine <- router, ui, cli; and nothing but ui imports gradio."""
+    order = {"molora": 0, "models": 1, "engine": 2, "router": 3, "ui": 4, "bench": 4}
+    for path in (ROOT / "ming_app").rglob("*.py"):
+        room = path.relative_to(ROOT / "ming_app").parts[0]
+        text = path.read_text(encoding="utf-8")
+        assert room == "ui" or not re.search(r"^\s*(import|from) gradio", text, re.MULTILINE), path
+        assert not re.search(r"^\s*(import|from) training", text, re.MULTILINE), path
+        for other in re.findall(r"from ming_app\.(\w+)", text):
+            if room in order and other in order and room != other:
+                assert order[room] > order[other], f"{path.relative_to(ROOT)} imports {other}"
+
+
+def test_pyproject_and_licence() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert project["requires-python"] == ">=3.11,<3.13"

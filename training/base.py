@@ -1,0 +1,76 @@
+"""The frozen base a run trains on: a transformers causal language model in bf16, its tokenizer and its fingerprint.
+
+Never packed to 4 bits on a CPU (that silently stops gradients). From a local folder with safetensors, or through
+`ming_app.models`: catalogue name -> fetched file -> tensors one at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from training.chat import ChatTokenizer
+from training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from ming_app.models.progress import ProgressCallback
+
+
+@dataclass
+class Base:
+    """`fingerprint` is the SHA-256 of the base file; `model` is in eval mode with frozen parameters."""
+
+    name: str
+    title: str
+    """human name of the base"""
+    fingerprint: str
+    model: Any
+    tokenizer: ChatTokenizer
+    config: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def pick_device(wanted: str) -> torch.device:
+    """auto: cuda where there is one. Raises TrainingError when cuda is asked for and absent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise TrainingError(
+            "The recipe asks for cuda, but torch sees no GPU. Set device to auto or cpu.",
+            "配方要求使用 cuda，但 torch 没有找到 GPU。请把 device 改为 auto 或 cpu。",
+        )
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def attention_kind(device: torch.device) -> str:
+    """On a CPU the fused kernel's backward is slow for the short rows we train on: plain matmuls gain a tenth."""
+    return "eager" if device.type == "cpu" else "sdpa"
+
+
+def load_base(
+    name: str, device: str = "auto", dtype: torch.dtype = torch.bfloat16, progress: ProgressCallback | None = None
+) -> Base:
+    """Loads a base by catalogue name, local folder or hub id. Raises MingError for whatever stands in the way."""
+    from ming_app.models.catalog import find_model
+    from ming_app.models.fetch import fetch
+    from ming_app.models.load import load_torch_model
+    from ming_app.settings import Settings
+
+    # the bare base: the catalogue's adapter, if any, is what training is about to make
+    local = fetch(find_model(name), Settings.load({"adapter": "none"}), progress)
+    where = pick_device(device)
+    precision = {torch.bfloat16: "bf16", torch.float32: "float32"}[dtype]
+    loaded = load_torch_model(local, None, precision, str(where), progress, attention=attention_kind(where))
+    model = loaded.model.requires_grad_(False)
+    tokenizer = ChatTokenizer.from_folder(local.home)
+    return Base(local.name, _base_title(local.title), local.fingerprint, model, tokenizer, dict(loaded.config))
+
+
+def _base_title(title: str) -> str:
+    """The catalogue writes "served name (name of the base)"; a folder's title is its own name."""
+    return title[title.index("(") + 1 : -1] if title.endswith(")") and "(" in title else title

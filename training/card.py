@@ -1,0 +1,156 @@
+"""MODEL_CARD.md of a trained adapter, made from its own summary and from what `training evaluate` measured.
+
+Nothing is stated that was not recorded or measured: a figure that is missing is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ming_app.molora.checkpoint import Adapter
+from training.licences import licence_of
+
+FRONT_MATTER = """\
+---
+license: apache-2.0
+language: [zh, en]
+tags: [medical, molora, mixture-of-experts, lora]
+---
+"""
+
+LIMITS = """\
+For education, research and practice with exam questions. **Not a medical device, not for diagnosis, treatment or triage,
+not for decisions about any person.** A language model of this size states wrong things fluently, in both languages; what
+it says about doses, contraindications and emergencies must not be relied on. In an emergency call the local emergency
+number (China 120, EU 112, US 911).
+
+The amount of training is very small (see above): it teaches the form of medical chat and exam answers more than medical
+knowledge. Part of the training text was written by other models (Huatuo, CMtMedQA, ChatDoctor), with their habits and
+mistakes. Conversations come from Chinese and US sources; advice follows no single country's guidelines. Experts are not
+specialists in a medical field: what they divide among themselves is mostly form, language and token type.
+
+仅供学习、研究和练习考试题使用，**不是医疗器械，不得用于诊断、治疗、分诊或针对任何人的决定**。训练量很小，回答可能流畅却错误；
+紧急情况请立即拨打当地急救电话（中国 120）。
+"""
+
+
+def model_card(name: str, title: str, adapter: Adapter, evaluation: Mapping[str, Any] | None) -> str:
+    """Markdown. `title` is the base's human name; `evaluation` is the JSON of `training evaluate`, when there is one."""
+    summary = adapter.summary
+    parts = [
+        FRONT_MATTER,
+        f"# {name}: sparse MoLoRA adapter for {title}\n",
+        _what(title, adapter),
+        _data(summary),
+        _method(adapter),
+        _measured(evaluation) if evaluation else "",
+        "## Intended use and limits\n\n" + LIMITS,
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _what(title: str, adapter: Adapter) -> str:
+    c = adapter.config
+    numbers = sum(array.size for array in adapter.tensors.values())
+    return f"""\
+Experts and routers for the method of MING-MOE (arXiv 2404.09027): every FFN projection of every layer carries
+E = {c.num_experts} LoRA experts of rank {c.rank} and a router that picks k = {c.top_k} of them per token; the attention projections
+({", ".join(c.attention_targets)}) carry ordinary LoRA of the same rank. {numbers / 1e6:.1f} M parameters over {adapter.num_layers} layers, bf16.
+The base is frozen. These are weights of this project, not the released MING-MOE weights.
+
+| | |
+|---|---|
+| base | {title}, Apache-2.0 |
+| SHA-256 of the base file it was trained on | `{adapter.base_fingerprint}` |
+| fingerprint of the adapter | `{adapter.fingerprint}` |
+"""
+
+
+def _data(summary: Mapping[str, Any]) -> str:
+    rows = [
+        "| stream | source | rows | tokens | licence as its repository states it | repository |",
+        "|---|---|---:|---:|---|---|",
+    ]
+    for stream, sources in sorted(summary.get("seen", {}).items()):
+        for source, count in sorted(sources.items()):
+            licence = licence_of(
+                source, {"split": "dev"}
+            )  # the only part of a mixed source that the filter lets through
+            note = f"{licence.licence}{'; research use' if licence.use == 'research' else ''}"
+            rows.append(
+                f"| {stream} | {source} | {count['rows']:,} | {count['tokens']:,} | {note} | {licence.origin} |"
+            )
+    return f"""\
+## Trained on
+
+{summary["rows"]:,} conversations, {summary["tokens"]:,} tokens, of which {summary["answer_tokens"]:,} in answers (the loss looks at these only).
+Licence filter: {summary["licence_filter"]} (sources whose repository states no licence are left out, among them the MedQA and MedMCQA
+questions that came through such a repository). `exam_letter` streams ask for the letter alone, with the options in a new
+order each time. Held-out rows, and all dev and benchmark files, were not trained on. Sources marked "research use" add an
+"academic or research use only" clause to their licence: respect it when you use these weights.
+
+{chr(10).join(rows)}
+"""
+
+
+def _method(adapter: Adapter) -> str:
+    s, c = adapter.summary, adapter.config
+    o = s["optimizer"]
+    return f"""\
+## How
+
+Masked chat loss on assistant turns and their end token; frozen bf16 base, AdamW on float32 adapter weights.
+
+| steps | minutes on two CPU cores | peak lr | warm-up | weight decay | clip | balance loss | E, k, r, alpha | seed |
+|---:|---:|---:|---:|---:|---:|---:|---|---:|
+| {s["steps"]} | {s["active_minutes"]} | {o["lr"]:g} | {o["warmup"]:.0%} | {o["weight_decay"]:g} | {o["clip"]:g} | {s["router"]["balance"]:g} | {c.num_experts}, {c.top_k}, {c.rank}, {c.alpha:g} | {s["seed"]} |
+
+The recipe is `examples/recipes/{s["recipe"]}.toml`.
+"""
+
+
+def _measured(evaluation: Mapping[str, Any]) -> str:
+    text = "## Measured\n\nBase and adapter by the same program in the same precision (bf16, CPU).\n"
+    exams = evaluation.get("exam", {})
+    if exams:
+        text += """
+Letter accuracy by next-token logits on single-answer questions, zero-shot, options in file order, 95 % Wilson interval:
+
+| file | n | base | adapter |
+|---|---:|---|---|
+"""
+        for file, measured in sorted(exams.items()):
+            n = next(iter(measured.values()))["n"]
+            text += f"| {file} | {n} | {_accuracy(measured.get('base'))} | {_accuracy(measured.get('adapter'))} |\n"
+    dev = evaluation.get("dev", {})
+    if dev:
+        text += (
+            "\nLoss per answer token on held-out rows (natural log):\n\n| stream | base | adapter |\n|---|---:|---:|\n"
+        )
+        losses = {what: values["loss"] for what, values in dev.items()}
+        for stream in sorted(next(iter(losses.values()))):
+            cells = [f"{losses[what][stream]:.3f}" if what in losses else "" for what in ("base", "adapter")]
+            text += f"| {stream} | {cells[0]} | {cells[1]} |\n"
+        adapter = dev.get("adapter", {})
+        if "smallest_load" in adapter:
+            text += (
+                f"\nExpert load on those rows (an even share would be {_even(adapter):.0%}): over all routers the least used expert gets"
+                f" {adapter['smallest_load']:.1%} of its router's choices, the most used {adapter['largest_load']:.1%};"
+                f" {adapter['dead_experts']} experts get less than 1 %.\n"
+            )
+    for line in evaluation.get("notes", ()):
+        text += f"\n{line}\n"
+    return text
+
+
+def _even(dev: Mapping[str, Any]) -> float:
+    tables = next(iter(dev["load"].values()))
+    return 1 / len(tables[0][0])
+
+
+def _accuracy(measured: Mapping[str, Any] | None) -> str:
+    if not measured:
+        return ""
+    low, high = measured["confidence95"]
+    return f"{measured['accuracy']:.1%} ({low:.1%} – {high:.1%})"

@@ -1,0 +1,205 @@
+"""Measurements: loss on held-out rows per stream, and letter accuracy on exam files by next-token logits.
+
+A question is put as in training (letter only, fixed wording, options in file order); after the answer prefix the
+letters' logits are compared, nothing is generated. Questions with several right letters are left out and counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ming_app.molora.inject import InjectedModel
+from training.chat import ChatTokenizer, Turn
+from training.data import ANSWER_PREFIX, ASK_LETTER, LETTER_JOIN, Question, exam_prompt, read_questions
+from training.errors import DataError
+from training.losses import head_cross_entropy, router_loss, shift
+from training.mix import Batch, Sample, cut_batches, make_batch
+
+Tick = Callable[[int, int], None]
+"""called with (done, total)"""
+
+
+@torch.no_grad()
+def dev_loss(
+    model: Any,
+    samples: Mapping[str, Sequence[Sample]],
+    batch_tokens: int = 1024,
+    observe: Callable[[str, Batch], None] | None = None,
+) -> dict[str, float]:
+    """Mean loss per answer token of each stream, natural log. `model` is a transformers causal LM; `observe` is called
+    with the stream and the batch after each forward."""
+    device = model.lm_head.weight.device
+    result = {}
+    for name, rows in samples.items():
+        total, count = 0.0, 0
+        for cut in cut_batches(rows, batch_tokens):
+            batch = make_batch(cut)
+            ids, mask = torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.mask).to(device)
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            chosen, targets = shift(hidden, ids, mask)
+            total += float(head_cross_entropy(chosen, model.lm_head, targets))
+            count += len(targets)
+            if observe:
+                observe(name, batch)
+        result[name] = total / count if count else math.nan
+    return result
+
+
+def dev_report(
+    injected: InjectedModel, samples: Mapping[str, Sequence[Sample]], batch_tokens: int = 1024
+) -> dict[str, Any]:
+    """Dev loss per stream of a model that carries an adapter, and the load of its experts.
+
+    {"loss": {stream: float}, "load": {stream: [L][P][E] shares}, "smallest_load", "largest_load", "dead_experts"};
+    an expert is dead when it gets less than 1 % of the choices of its router over all streams.
+    """
+    state = injected.state
+    sums: dict[str, torch.Tensor] = {}
+    counts: Counter[str] = Counter()
+
+    def observe(stream: str, batch: Batch) -> None:
+        load = router_loss(state.logits, torch.from_numpy(batch.real), injected.config.top_k).load.cpu() * batch.tokens
+        sums[stream] = sums.get(stream, torch.zeros(())) + load
+        counts[stream] += batch.tokens
+        state.clear()
+
+    state.clear()
+    state.collect_logits = True
+    loss = dev_loss(injected.model, samples, batch_tokens, observe)
+    overall = torch.stack(list(sums.values())).sum(0) / counts.total()
+    return {
+        "loss": loss,
+        "load": {name: (total / counts[name]).tolist() for name, total in sums.items()},
+        "smallest_load": float(overall.min()),
+        "largest_load": float(overall.max()),
+        "dead_experts": int((overall < 0.01).sum()),
+    }
+
+
+@dataclass(frozen=True)
+class LetterTask:
+    """One question ready to score: `ids` up to the answer prefix, the letters' next-token ids, the right one's index."""
+
+    question: Question
+    ids: list[int]
+    letter_ids: list[int]
+    right: int
+
+
+def letter_task(question: Question, tokenizer: ChatTokenizer, system: str) -> LetterTask:
+    """Builds the prompt. Prefix and letter are tokenised together and split where the letters begin to differ, so that
+    each letter is the token the model would write (" C" after "Answer:", "C" after "答案：")."""
+    lang = question.lang
+    if lang not in ANSWER_PREFIX:
+        raise DataError(
+            f"Question {question.id} is in language {lang!r}; only zh and en can be scored.",
+            f"题目 {question.id} 的语言为 {lang!r}；只能评测 zh 和 en。",
+        )
+    answers = [tokenizer.encode_text(ANSWER_PREFIX[lang] + LETTER_JOIN[lang] + letter) for letter in question.options]
+    shared = 0
+    while all(len(ids) > shared and ids[shared] == answers[0][shared] for ids in answers):
+        shared += 1
+    turns = [Turn("user", exam_prompt(question, ASK_LETTER[lang][0]))]
+    ids = [*tokenizer.encode_prompt(turns, "", system), *answers[0][:shared]]
+    right = list(question.options).index(question.answer[0])
+    return LetterTask(question, ids, [answer[shared] for answer in answers], right)
+
+
+@torch.no_grad()
+def score_letters(
+    model: Any, tasks: Sequence[LetterTask], batch_tokens: int = 2048, tick: Tick | None = None
+) -> list[np.ndarray]:
+    """Log-probabilities over each task's letters (they sum to 1 among themselves), float32 [options], in task order."""
+    device = model.lm_head.weight.device
+    scores: list[np.ndarray] = [np.empty(0)] * len(tasks)
+    order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].ids))
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * len(tasks[order[end]].ids) <= batch_tokens:
+            end += 1
+        rows = order[start:end]
+        ids = np.zeros((len(rows), len(tasks[rows[-1]].ids)), np.int64)
+        for row, index in enumerate(rows):
+            ids[row, : len(tasks[index].ids)] = tasks[index].ids
+        hidden = model.model(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
+        last = torch.tensor([len(tasks[i].ids) - 1 for i in rows], device=device)
+        logits = model.lm_head(hidden[torch.arange(len(rows), device=device), last]).float().cpu()
+        for row, index in enumerate(rows):
+            scores[index] = logits[row, tasks[index].letter_ids].log_softmax(-1).numpy()
+        start = end
+        if tick:
+            tick(start, len(order))
+    return scores
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of right answers among `n` single-answer questions."""
+
+    right: int
+    n: int
+    left_out: int
+    """questions with several right letters"""
+    chosen: dict[str, int]
+    """how often each letter was chosen: a model that always says "A" shows here"""
+
+    @property
+    def value(self) -> float:
+        return self.right / self.n if self.n else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the 95 % Wilson interval."""
+        low, high = wilson(self.right, self.n)
+        return {
+            "accuracy": self.value,
+            "right": self.right,
+            "n": self.n,
+            "confidence95": [low, high],
+            "left_out": self.left_out,
+            "chosen": self.chosen,
+        }
+
+
+def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927)."""
+    if n == 0:
+        return 0.0, 1.0
+    p, zz = right / n, z * z
+    centre = (p + zz / (2 * n)) / (1 + zz / n)
+    half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def read_exam(path: str | Path, limit: int = 0) -> tuple[list[Question], int]:
+    """Single-answer questions of a bank, and how many multiple-answer ones were left out.
+
+    With a `limit`, that many spread evenly over the file (banks are often sorted by source); 0: all.
+    """
+    questions = list(read_questions(path))
+    single = [question for question in questions if not question.multiple]
+    left_out = len(questions) - len(single)
+    if 0 < limit < len(single):
+        single = [single[i * len(single) // limit] for i in range(limit)]
+    return single, left_out
+
+
+def letter_accuracy(
+    model: Any, tokenizer: ChatTokenizer, path: str | Path, *, system: str, limit: int = 0, tick: Tick | None = None
+) -> Accuracy:
+    """Letter accuracy of `model` on an exam bank."""
+    questions, left_out = read_exam(path, limit)
+    tasks = [letter_task(question, tokenizer, system) for question in questions]
+    scores = score_letters(model, tasks, tick=tick)
+    picks = [int(score.argmax()) for score in scores]
+    right = sum(pick == task.right for pick, task in zip(picks, tasks, strict=True))
+    chosen = Counter(chr(ord("A") + pick) for pick in picks)
+    return Accuracy(right, len(tasks), left_out, dict(sorted(chosen.items())))

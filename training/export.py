@@ -1,0 +1,70 @@
+"""From a run's newest checkpoint to an adapter folder that the app loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ming_app.molora.checkpoint import Adapter, save_adapter
+from ming_app.molora.inject import extract, inject_molora
+from training.base import Base
+from training.curves import read_metrics, steps_of
+from training.errors import DataError, TrainingError
+from training.mix import Mix
+from training.recipe import Recipe
+from training.state import load_state
+
+
+def export_adapter(recipe: Recipe, base: Base, run: Path, out: Path) -> Adapter:
+    """Writes the native adapter of `run` to `out` (bf16) with a summary made from the run's own records.
+
+    `base.model` receives the adapter. Raises TrainingError when the checkpoint belongs to another base or recipe.
+    """
+    mix = Mix(recipe, base.tokenizer)
+    injected = inject_molora(base.model, recipe.adapter)
+    state = load_state(run, injected.adapter_parameters())
+    if state.base_fingerprint != base.fingerprint:
+        raise TrainingError(
+            f"The run was trained on base {state.base_fingerprint[:12]}…, this is {base.fingerprint[:12]}….",
+            f"该训练所用的基座为 {state.base_fingerprint[:12]}…，与当前基座 {base.fingerprint[:12]}… 不同。",
+        )
+    adapter = extract(
+        injected, base_fingerprint=base.fingerprint, summary=run_summary(mix, run, state.progress.to_dict())
+    )
+    save_adapter(out, adapter)
+    return adapter
+
+
+def run_summary(mix: Mix, run: Path, progress: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of the adapter should know: rows and tokens read of each source, hyper-parameters, last dev losses."""
+    metrics = read_metrics(run)
+    starts = [line for line in metrics if line.get("event") == "start"]
+    if not starts:
+        raise DataError(f"{run} has no record of its start.", f"{run} 中没有训练开始的记录。")
+    evaluations = [line for line in metrics if line.get("event") == "dev"]
+    steps = steps_of(metrics)
+    recipe = mix.recipe
+    loads = [line["expert_load"] for line in steps if "expert_load" in line]
+    summary = {
+        "recipe": recipe.name,
+        "base": recipe.base,
+        "steps": progress["step"],
+        "rows": progress["rows"],
+        "tokens": progress["tokens"],
+        "answer_tokens": progress["loss_tokens"],
+        "active_minutes": round(progress["active_seconds"] / 60, 1),
+        "wall_minutes": round(progress["wall_seconds"] / 60, 1),
+        "optimizer": recipe.to_dict()["optimizer"],
+        "router": recipe.to_dict()["router"],
+        "seed": recipe.seed,
+        "licence_filter": recipe.data.licences,
+        "held_out": {row["stream"]: row["held_out"] for row in starts[-1]["mix"]},
+        "seen": mix.seen(progress["block"], progress["batch"]),
+        "last_loss": steps[-1]["loss"] if steps else None,
+        "dev_loss": evaluations[-1]["dev_loss"] if evaluations else None,
+    }
+    if loads:
+        flat = [share for layer in loads[-1] for projection in layer for share in projection]
+        summary["expert_load"] = {"smallest": min(flat), "largest": max(flat)}
+    return json.loads(json.dumps(summary))

@@ -1,0 +1,89 @@
+"""Losses: masked next-token cross-entropy with the head on the looked-at positions only, and router terms.
+
+The head is frozen, so its loss and the gradient for the hidden states come from one pass over small chunks: no
+[B, S, V] and no [positions, V] tensor is ever kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HEAD_CHUNK = 192  # positions per pass: 192 x 151,936 float32 logits are 117 MB
+
+
+class FrozenHeadCrossEntropy(torch.autograd.Function):
+    """sum of -log softmax(hidden W^T)[target]; hidden [N, H], weight [V, H] frozen, targets int64 [N]."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        for start in range(0, hidden.shape[0], HEAD_CHUNK):
+            rows = slice(start, start + HEAD_CHUNK)
+            log_p = F.linear(hidden[rows], weight).float().log_softmax(-1)
+            chosen = targets[rows].unsqueeze(-1)
+            total -= log_p.gather(-1, chosen).sum()
+            if gradient is not None:
+                p = log_p.exp_()
+                p.scatter_add_(-1, chosen, p.new_full(chosen.shape, -1.0))
+                gradient[rows] = p.to(weight.dtype) @ weight
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        return ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None
+
+
+def head_cross_entropy(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
+    """Sum of token losses, float32 scalar; the frozen head gets no gradient. hidden [N, H], targets int64 [N]."""
+    if head.bias is not None:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    return FrozenHeadCrossEntropy.apply(hidden, head.weight.detach(), targets)
+
+
+def shift(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden [B, S, H], ids int64 [B, S], mask bool [B, S] -> hidden [N, H] that predict the masked ids, targets [N]."""
+    looked_at = mask[:, 1:]
+    return hidden[:, :-1][looked_at], ids[:, 1:][looked_at]
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """Router terms of one forward, averaged over routers, and how the tokens were spread."""
+
+    balance: Tensor
+    """Switch loss E sum_i f_i P_i; 1 when the load is even, E when one expert takes all"""
+    z: Tensor
+    """mean of logsumexp(logits)^2"""
+    load: Tensor
+    """[L, P, E] share of the k T choices that went to each expert; sums to 1"""
+    entropy: Tensor
+    """[L, P] mean entropy of softmax(logits) per token, in units of log E (1 = undecided)"""
+
+
+def router_loss(logits: Sequence[tuple[int, int, Tensor]], real: Tensor, top_k: int) -> RouterLoss:
+    """Terms from `RoutingState.logits`: (layer, projection, float32 [B, S, E]); `real` bool [B, S] leaves padding out.
+
+    f_i counts all k choices over k T, so that f sums to 1 as in the Switch paper's k = 1 (arXiv 2101.03961, eq. 4).
+    """
+    layers = 1 + max(layer for layer, _, _ in logits)
+    stacked = torch.stack([row[real] for _, _, row in logits])  # (R, T, E)
+    order = torch.tensor([layer * 3 + projection for layer, projection, _ in logits]).argsort()
+    stacked = stacked[order.to(stacked.device)]
+    experts = stacked.shape[-1]
+    p = stacked.softmax(-1)
+    chosen = stacked.detach().topk(top_k, dim=-1).indices
+    share = F.one_hot(chosen, experts).sum(-2).float().mean(1) / top_k  # (R, E)
+    balance = experts * (share * p.mean(1)).sum(-1).mean()
+    z = stacked.logsumexp(-1).square().mean()
+    with torch.no_grad():
+        scale = torch.log(torch.tensor(float(max(experts, 2))))
+        entropy = -(p * p.clamp_min(1e-9).log()).sum(-1).mean(1) / scale
+    return RouterLoss(balance, z, share.view(layers, -1, experts), entropy.view(layers, -1))

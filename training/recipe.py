@@ -1,0 +1,289 @@
+"""Recipes: one TOML file says everything a run depends on. Read once, checked whole, errors name the entry.
+
+Paths in a recipe are relative to the recipe file. The budget has up to three limits (steps, tokens, active minutes);
+whichever is used up first ends the run, and the cosine follows the largest used-up share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ming_app.errors import MingError
+from ming_app.molora.config import MoLoRAConfig
+from training.chat import DEFAULT_SYSTEM
+from training.errors import RecipeError
+from training.licences import FILTERS
+
+FORMATS = ("chat", "exam_letter", "exam_reasoning")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of rows: a file, how to read it, and its share of the mix."""
+
+    name: str
+    file: str
+    weight: float
+    """share of rows in every block of the mix, relative to the other streams"""
+    format: str = "chat"
+    """chat, or a bank of exam questions asked for the letter (options shuffled) or for reasoning, then letter"""
+    bank: str = ""
+    """exam bank with the same ids, whose tags tell rows of one source but different licences apart"""
+    sources: tuple[str, ...] = ()
+    """use only these sources; empty: all"""
+    cap: int = 0
+    """at most so many rows of each source, picked by hash of the id; 0: all"""
+    max_length: int = 0
+    """tokens, where the stream needs another limit than the mix; 0: that of the mix"""
+
+    def problem(self) -> str:
+        """What is wrong with the values, or ""."""
+        if self.format not in FORMATS:
+            return f"format {self.format!r} is not one of {', '.join(FORMATS)}"
+        if not self.weight > 0:
+            return "weight must be positive"
+        return "cap and max_length must not be negative" if self.cap < 0 or self.max_length < 0 else ""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the streams have in common."""
+
+    folder: str
+    max_length: int = 320
+    """tokens; longer rows are left out, never cut"""
+    system: str = DEFAULT_SYSTEM
+    licences: str = "stated"
+    """any, stated or open (see licences.py)"""
+    held_out: float = 0.03
+    """share of every stream kept from training, chosen by hash of the row id: the same question in two streams stays
+    out of both"""
+    held_out_rows: int = 24
+    """rows of each stream's held-out share that the dev loss is measured on"""
+    block: int = 192
+    """rows drawn from the streams at a time, sorted by length and cut into batches"""
+    broken_lines: str = "stop"
+    """stop, or skip (counted)"""
+
+    def problem(self) -> str:
+        """What is wrong with the values, or ""."""
+        if self.licences not in FILTERS:
+            return f"licences {self.licences!r} is not one of {', '.join(FILTERS)}"
+        if self.broken_lines not in ("stop", "skip"):
+            return "broken_lines must be stop or skip"
+        if not 0 < self.held_out < 0.5:
+            return "held_out must be between 0 and 0.5"
+        return (
+            "max_length, block and held_out_rows must be at least 8, 1 and 1"
+            if self.max_length < 8 or self.block < 1 or self.held_out_rows < 1
+            else ""
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train. A limit of 0 is no limit; one at least must be set."""
+
+    steps: int = 0
+    tokens: int = 0
+    """real tokens read, prompt and answer"""
+    max_minutes: float = 0
+    """active minutes: a stopped process does not use them up, nor (on a CPU) time given to other programs"""
+    batch_tokens: int = 1024
+    """padded tokens per micro-batch"""
+    accumulate: int = 1
+    """micro-batches per step"""
+
+    def problem(self) -> str:
+        """What is wrong with the values, or ""."""
+        if min(self.steps, self.tokens, self.max_minutes) < 0 or max(self.steps, self.tokens, self.max_minutes) <= 0:
+            return "one of steps, tokens and max_minutes must be positive"
+        return (
+            "batch_tokens must be at least 16 and accumulate at least 1"
+            if self.batch_tokens < 16 or self.accumulate < 1
+            else ""
+        )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with linear warm-up and cosine."""
+
+    lr: float = 2e-4
+    warmup: float = 0.03
+    """share of the budget"""
+    final: float = 0.05
+    """share of lr reached at the end"""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip: float = 1.0
+    """largest gradient norm"""
+
+    def problem(self) -> str:
+        """What is wrong with the values, or ""."""
+        if not 0 < self.lr < 1:
+            return "lr must be between 0 and 1"
+        if not (0 <= self.warmup < 1 and 0 <= self.final <= 1 and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            return "warmup, final, beta1 and beta2 must be between 0 and 1"
+        return (
+            "weight_decay must not be negative and clip must be positive"
+            if self.weight_decay < 0 or self.clip <= 0
+            else ""
+        )
+
+
+@dataclass(frozen=True)
+class RouterTerms:
+    """Coefficients of the router losses; 0 leaves a term out (it is logged all the same)."""
+
+    balance: float = 0.0
+    z: float = 0.0
+
+    def problem(self) -> str:
+        """What is wrong with the values, or ""."""
+        return "coefficients must not be negative" if min(self.balance, self.z) < 0 else ""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When to write checkpoints and measure the dev loss, in active minutes; a checkpoint is written on SIGTERM too."""
+
+    every_minutes: float = 5.0
+    every_steps: int = 0
+    """0: by minutes only"""
+    eval_every_minutes: float = 0.0
+    """0: at the end only"""
+
+    def problem(self) -> str:
+        """What is wrong with the values, or ""."""
+        return (
+            "values must not be negative"
+            if min(self.every_minutes, self.every_steps, self.eval_every_minutes) < 0
+            else ""
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. `base` is a catalogue name, a local folder or a hub id."""
+
+    name: str
+    base: str
+    data: Data
+    stream: tuple[Stream, ...]
+    budget: Budget
+    adapter: MoLoRAConfig = field(default_factory=MoLoRAConfig)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    router: RouterTerms = field(default_factory=RouterTerms)
+    save: Saving = field(default_factory=Saving)
+    seed: int = 1
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    threads: int = 0
+    """CPU threads; 0: as torch chooses"""
+    folder: Path = Path(".")
+    """folder of the recipe file, set when read"""
+
+    def path(self, relative: str) -> Path:
+        """A path of the recipe, made absolute."""
+        return (self.folder / relative).resolve()
+
+    def data_path(self, name: str) -> Path:
+        """A file in the data folder."""
+        return self.path(self.data.folder) / name
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the folder."""
+        values = asdict(self)
+        values.pop("folder")
+        values["adapter"] = self.adapter.to_dict()
+        return typing.cast(dict[str, Any], json.loads(json.dumps(values)))
+
+    def identity(self) -> str:
+        """SHA-256 of all that decides which losses a run gives; budget limits, saving, device and threads may change
+        between a run and its resumption."""
+        values = self.to_dict()
+        for free in ("save", "device", "threads"):
+            values.pop(free)
+        for limit in ("steps", "tokens", "max_minutes"):
+            values["budget"].pop(limit)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Reads and checks a recipe file. Raises RecipeError that names the entry at fault."""
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"The recipe {path} cannot be read: {error.strerror}.", f"无法读取配方 {path}：{error.strerror}。"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"The recipe {path.name} is not valid TOML: {error}.", f"配方 {path.name} 不是有效的 TOML：{error}。"
+        ) from error
+    values.pop("folder", None)
+    recipe: Recipe = _build(Recipe, values, "recipe")
+    names = [stream.name for stream in recipe.stream]
+    if not names or len(set(names)) != len(names):
+        raise _wrong("stream", "at least one is needed, and names must differ")
+    if recipe.device not in ("auto", "cpu", "cuda"):
+        raise _wrong("device", "must be auto, cpu or cuda")
+    return Recipe(**{**_shallow(recipe), "folder": path.resolve().parent})
+
+
+def _shallow(recipe: Recipe) -> dict[str, Any]:
+    return {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+
+
+def _build(kind: Any, values: Any, where: str) -> Any:
+    """A dataclass from TOML values; unknown entries, wrong types and values out of range are refused by name."""
+    if not isinstance(values, dict):
+        raise _wrong(where, "must be a table")
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}
+    for name in values:
+        if name not in known:
+            raise _wrong(f"{where}.{name}", f"is not known; possible entries: {', '.join(known)}")
+    built = {name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        result = kind(**built)
+    except TypeError as error:
+        missing = [n for n, f in known.items() if n not in values and f.default is f.default_factory]  # both MISSING
+        raise _wrong(where, f"lacks {', '.join(missing)}") from error
+    except MingError as error:
+        raise _wrong(where, error.en.rstrip(".")) from error
+    problem = result.problem() if hasattr(result, "problem") else ""
+    if problem:
+        raise _wrong(where, problem)
+    return result
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if is_dataclass(hint):
+        return _build(hint, value, where)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise _wrong(where, "must be a list")
+        inner = typing.get_args(hint)[0]
+        return tuple(_convert(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(hint, types.UnionType):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise _wrong(where, f"must be of type {hint.__name__}, found {value!r}")
+    return value
+
+
+def _wrong(where: str, problem: str) -> RecipeError:
+    return RecipeError(f"Recipe entry `{where}`: {problem}.", f"配方条目 `{where}` 有误：{problem}。")
