@@ -128,32 +128,24 @@ def test_chat_in_a_terminal_stops_an_answer_and_goes_on() -> None:
 COMMANDS = ("", "ask", "chat", "trace", "verify", "weights", "bench")
 
 
-@posix_only
+HEAVY = ("torch", "gradio", "transformers", "onnxruntime", "onnx", "plotly")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers_at_once(command: str) -> None:
-    """Best of three in processor time, which a busy machine does not stretch: under the 0.3 s that a person notices."""
-    words = [sys.executable, "-m", "ming_app", *([command] if command else []), "--help"]
-    times = []
-    for _ in range(3):
-        begin = children_seconds()
-        done = subprocess.run(words, capture_output=True, env=environment(), cwd=ROOT, timeout=60)
-        times.append(children_seconds() - begin)
-        assert done.returncode == 0 and done.stdout.startswith(b"usage: python -m ming_app"), done.stderr
-    assert min(times) < 0.3, f"--help took {min(times):.2f} s"
-
-
-def children_seconds() -> float:
-    """Processor time of all ended child processes."""
-    times = os.times()
-    return times.children_user + times.children_system
+    """Help loads none of the libraries that take seconds to import."""
+    words = [sys.executable, "-X", "importtime", "-m", "ming_app", *([command] if command else []), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m ming_app"), done.stderr
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "ming_app.cli" in imported and not imported & set(HEAVY)
 
 
 @pytest.mark.parametrize(
     "module", ["ming_app", "ming_app.cli", "ming_app.entry", "ming_app.settings", "ming_app.engine.types"]
 )
 def test_imports_are_light(module: str) -> None:
-    heavy = "('torch', 'gradio', 'transformers', 'onnxruntime', 'onnx', 'plotly')"
-    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=60
     )
