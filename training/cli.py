@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from training.recipe import Recipe, read_recipe
 if TYPE_CHECKING:
     from ming_app.molora.checkpoint import Adapter
     from training.base import Base
+    from training.chat import ChatTokenizer
+    from training.evaluate import Scorer
 
 REPORT_EVERY = 10  # steps between progress lines where stderr is no terminal
 
@@ -71,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--exam", action="append", default=[], help="exam bank (JSON lines); may be repeated")
     evaluate.add_argument("--limit", type=int, default=0, help="so many questions per bank, spread evenly over it")
     evaluate.add_argument("--skip-base", action="store_true", help="measure the adapter only")
+    evaluate.add_argument(
+        "--served",
+        action="append",
+        default=[],
+        metavar="PRECISION",
+        help="measure the exams with the engine that serves, in this precision (4bit, mix, 8bit, nf4, ...), instead of"
+        " the training base in bf16; may be repeated",
+    )
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", parents=[common], help="newest checkpoint of a run -> adapter folder")
@@ -167,7 +178,7 @@ class _Bar:
 def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], int]:
     from ming_app.molora.checkpoint import load_adapter
     from ming_app.molora.inject import inject_molora, load_into
-    from training.evaluate import dev_loss, dev_report
+    from training.evaluate import dev_loss, dev_report, score_letters
     from training.mix import Mix
 
     recipe = read_recipe(options.recipe) if options.recipe else None
@@ -176,12 +187,15 @@ def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, 
         raise UsageError(
             "Say what to measure: --recipe, or --base with --exam.", "请指定评测内容：--recipe，或 --base 加 --exam。"
         )
+    if options.served:
+        return _evaluate_served(name, recipe, options, console), 0
     base = _load(name, recipe, console)
     adapter = (
         load_adapter(options.adapter, base_fingerprint=base.fingerprint, base_config=base.config)
         if options.adapter
         else None
     )
+    scorer = partial(score_letters, base.model)
     samples = Mix(recipe, base.tokenizer).held_out() if recipe else {}
     result: dict[str, Any] = {
         "base": name,
@@ -193,20 +207,53 @@ def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, 
     if not (options.skip_base and adapter):
         if samples:
             result["dev"]["base"] = {"loss": dev_loss(base.model, samples)}
-        _exams(result, "base", options, base, recipe, console)
+        _exams(result, "base", scorer, base.tokenizer, options, recipe, console)
     if adapter:
         injected = inject_molora(base.model, adapter.config)
         load_into(injected, adapter)
         if samples:
             result["dev"]["adapter"] = dev_report(injected, samples)
         injected.state.collect_logits = False
-        _exams(result, "adapter", options, base, recipe, console)
+        _exams(result, "adapter", scorer, base.tokenizer, options, recipe, console)
     console.line(json.dumps(_without_tables(result), indent=1, ensure_ascii=False))
     return result, 0
 
 
+def _evaluate_served(name: str, recipe: Recipe | None, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Letter accuracy in every precision asked for: {"exam": {file: {"base 4bit": ..., "adapter 4bit": ...}}}."""
+    from ming_app.engine.engine import Engine
+    from ming_app.models.catalog import find_model
+    from ming_app.models.fetch import fetch
+    from training.chat import ChatTokenizer
+    from training.evaluate import score_letters_served
+
+    if not options.exam:
+        raise UsageError("--served measures exams: add --exam FILE.", "--served 只评测考试题：请加 --exam 文件。")
+    adapters = {"base": "none", "adapter": options.adapter}
+    if options.skip_base or not options.adapter:
+        del adapters["base" if options.adapter else "adapter"]
+    result: dict[str, Any] = {"base": name, "adapter": options.adapter, "exam": {}}
+    home = fetch(find_model(name), Settings.load({"adapter": "none"}), console.progress).home
+    tokenizer = ChatTokenizer.from_folder(home)
+    for precision in options.served:
+        for what, adapter in adapters.items():
+            settings = Settings.load({"model": name, "adapter": adapter, "precision": precision})
+            engine = Engine.load(settings, console.progress)
+            scorer = partial(score_letters_served, engine.backend)
+            _exams(result, f"{what} {precision}", scorer, tokenizer, options, recipe, console)
+            engine.close()
+    console.line(json.dumps(result, indent=1, ensure_ascii=False))
+    return result
+
+
 def _exams(
-    result: dict[str, Any], what: str, options: argparse.Namespace, base: Base, recipe: Recipe | None, console: Console
+    result: dict[str, Any],
+    what: str,
+    scorer: Scorer,
+    tokenizer: ChatTokenizer,
+    options: argparse.Namespace,
+    recipe: Recipe | None,
+    console: Console,
 ) -> None:
     from training.chat import DEFAULT_SYSTEM
     from training.evaluate import letter_accuracy
@@ -214,7 +261,7 @@ def _exams(
     for path in options.exam:
         console.note(f"Measuring {what} on {Path(path).name}", f"正在用 {Path(path).name} 评测 {what}")
         system = recipe.data.system if recipe else DEFAULT_SYSTEM
-        accuracy = letter_accuracy(base.model, base.tokenizer, path, system=system, limit=options.limit)
+        accuracy = letter_accuracy(scorer, tokenizer, path, system=system, limit=options.limit)
         result["exam"].setdefault(Path(path).name, {})[what] = accuracy.to_dict()
 
 

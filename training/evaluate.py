@@ -1,7 +1,8 @@
 """Measurements: loss on held-out rows per stream, and letter accuracy on exam files by next-token logits.
 
 A question is put as in training (letter only, fixed wording, options in file order); after the answer prefix the
-letters' logits are compared, nothing is generated. Questions with several right letters are left out and counted.
+letters' logits are compared, nothing is generated. Questions with several right letters are left out and counted. The
+letters are scored by a transformers model (`score_letters`) or by the engine that serves (`score_letters_served`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ming_app.engine.types import Backend
 from ming_app.molora.inject import InjectedModel
 from training.chat import ChatTokenizer, Turn
 from training.data import ANSWER_PREFIX, ASK_LETTER, LETTER_JOIN, Question, exam_prompt, read_questions
@@ -25,6 +27,8 @@ from training.mix import Batch, Sample, cut_batches, make_batch
 
 Tick = Callable[[int, int], None]
 """called with (done, total)"""
+Scorer = Callable[[Sequence["LetterTask"]], list[np.ndarray]]
+"""tasks to log-probabilities over each task's letters"""
 
 
 @torch.no_grad()
@@ -141,6 +145,25 @@ def score_letters(
     return scores
 
 
+def score_letters_served(backend: Backend, tasks: Sequence[LetterTask], tick: Tick | None = None) -> list[np.ndarray]:
+    """The same by a serving backend, in its precision. Questions are read one after the other in one cache, which keeps
+    what a prompt has in common with the one before (system message, wording)."""
+    scores: list[np.ndarray] = []
+    cache = backend.new_cache(1, max((len(task.ids) for task in tasks), default=1))
+    held: list[int] = []
+    for done, task in enumerate(tasks, 1):
+        shared = 0
+        while shared < min(len(held), len(task.ids) - 1) and held[shared] == task.ids[shared]:
+            shared += 1
+        cache.truncate(0, shared)
+        logits = backend.forward([np.array(task.ids[shared:], np.int64)], cache).logits[0][task.letter_ids]
+        scores.append(logits - np.logaddexp.reduce(logits))
+        held = task.ids
+        if tick:
+            tick(done, len(tasks))
+    return scores
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Share of right answers among `n` single-answer questions."""
@@ -193,12 +216,12 @@ def read_exam(path: str | Path, limit: int = 0) -> tuple[list[Question], int]:
 
 
 def letter_accuracy(
-    model: Any, tokenizer: ChatTokenizer, path: str | Path, *, system: str, limit: int = 0, tick: Tick | None = None
+    scorer: Scorer, tokenizer: ChatTokenizer, path: str | Path, *, system: str, limit: int = 0
 ) -> Accuracy:
-    """Letter accuracy of `model` on an exam bank."""
+    """Letter accuracy on an exam bank of whatever `scorer` scores with."""
     questions, left_out = read_exam(path, limit)
     tasks = [letter_task(question, tokenizer, system) for question in questions]
-    scores = score_letters(model, tasks, tick=tick)
+    scores = scorer(tasks)
     picks = [int(score.argmax()) for score in scores]
     right = sum(pick == task.right for pick, task in zip(picks, tasks, strict=True))
     chosen = Counter(chr(ord("A") + pick) for pick in picks)

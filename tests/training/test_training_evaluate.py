@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,20 @@ import pytest
 import torch
 from conftest import question, write_lines
 
+from ming_app.engine.engine import Engine
+from ming_app.engine.types import Backend
+from ming_app.settings import Settings
 from training.base import Base, load_base
 from training.cli import main
 from training.data import read_questions
-from training.evaluate import letter_accuracy, letter_task, read_exam, score_letters, wilson
+from training.evaluate import (
+    letter_accuracy,
+    letter_task,
+    read_exam,
+    score_letters,
+    score_letters_served,
+    wilson,
+)
 
 
 @pytest.fixture
@@ -32,6 +43,33 @@ def test_scores_equal_one_prompt_at_a_time(base: Base, tmp_path: Path) -> None:
         assert np.exp(score).sum() == pytest.approx(1)
 
 
+def test_a_serving_backend_scores_the_same(base: Base, tiny_folder: Path, tmp_path: Path) -> None:
+    """Though it reads only what a prompt does not share with the one before."""
+    rows = [question(i, stem="长" * (1 + 5 * (i // 2)), lang="zh" if i < 3 else "en") for i in range(6)]
+    questions = list(read_questions(write_lines(tmp_path / "b.jsonl", rows)))
+    tasks = [letter_task(q, base.tokenizer, "s") for q in [*questions, questions[-1]]]
+    backend = Engine.load(
+        Settings.load({"model": str(tiny_folder), "backend": "torch", "precision": "float32"})
+    ).backend
+    read = count_read_tokens(backend)
+    scores = score_letters_served(backend, tasks)
+    for score, want in zip(scores, score_letters(base.model, tasks), strict=True):
+        np.testing.assert_allclose(score, want, atol=1e-4)
+    assert read[0] == len(tasks[0].ids) and read[-1] == 1 and sum(read) < sum(len(task.ids) for task in tasks)
+
+
+def count_read_tokens(backend: Backend) -> list[int]:
+    """Lengths of the forwards to come."""
+    read, forward = [], backend.forward
+
+    def counted(ids: list[np.ndarray], *args: object, **options: object) -> object:
+        read.append(len(ids[0]))
+        return forward(ids, *args, **options)
+
+    backend.forward = counted
+    return read
+
+
 def test_prompt_ends_where_the_letter_is_written(base: Base, tmp_path: Path) -> None:
     rows = [question(0), question(1, lang="en")]
     zh, en = (letter_task(q, base.tokenizer, "") for q in read_questions(write_lines(tmp_path / "b.jsonl", rows)))
@@ -43,7 +81,7 @@ def test_prompt_ends_where_the_letter_is_written(base: Base, tmp_path: Path) -> 
 def test_accuracy_counts_by_hand(base: Base, tmp_path: Path) -> None:
     rows = [question(i) for i in range(8)] + [question(9, answer=["A", "B"])]
     path = write_lines(tmp_path / "b.jsonl", rows)
-    accuracy = letter_accuracy(base.model, base.tokenizer, path, system="")
+    accuracy = letter_accuracy(partial(score_letters, base.model), base.tokenizer, path, system="")
     right = 0
     for q in list(read_questions(path))[:8]:
         task = letter_task(q, base.tokenizer, "")
@@ -88,6 +126,11 @@ def test_train_evaluate_export(write_recipe, base: Base, corpus: Path, capsys: p
     assert result["exam"]["dev.jsonl"]["adapter"]["n"] == 4
     load = np.asarray(result["dev"]["adapter"]["load"]["qa"])
     assert load.shape == (2, 3, 4) and np.allclose(load.sum(-1), 1)
+
+    served = (*words, "--served", "float32", "--skip-base")
+    code, in_float32 = run(capsys, *served)
+    assert code == 0 and set(in_float32["exam"]["dev.jsonl"]) == {"adapter float32"}
+    assert run(capsys, *served[:5], *served[9:], "--json")[0] == 2  # served without an exam
 
     (corpus / "eval.json").write_text(json.dumps(result))
     words = (
