@@ -18,34 +18,38 @@ HEAD_CHUNK = 192  # positions per pass: 192 x 151,936 float32 logits are 117 MB
 
 
 class FrozenHeadCrossEntropy(torch.autograd.Function):
-    """sum of -log softmax(hidden W^T)[target]; hidden [N, H], weight [V, H] frozen, targets int64 [N]."""
+    """sum of -v log softmax(hidden W^T)[target]; hidden [N, H], weight [V, H] frozen, targets int64 [N], v float32 [N]."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, values: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         for start in range(0, hidden.shape[0], HEAD_CHUNK):
             rows = slice(start, start + HEAD_CHUNK)
             log_p = F.linear(hidden[rows], weight).float().log_softmax(-1)
-            chosen = targets[rows].unsqueeze(-1)
-            total -= log_p.gather(-1, chosen).sum()
+            chosen, value = targets[rows].unsqueeze(-1), values[rows].unsqueeze(-1)
+            total -= (log_p.gather(-1, chosen) * value).sum()
             if gradient is not None:
                 p = log_p.exp_()
                 p.scatter_add_(-1, chosen, p.new_full(chosen.shape, -1.0))
-                gradient[rows] = p.to(weight.dtype) @ weight
+                gradient[rows] = p.mul_(value).to(weight.dtype) @ weight
         ctx.gradient = gradient
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        return ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        return ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None, None
 
 
-def head_cross_entropy(hidden: Tensor, head: torch.nn.Linear, targets: Tensor) -> Tensor:
-    """Sum of token losses, float32 scalar; the frozen head gets no gradient. hidden [N, H], targets int64 [N]."""
+def head_cross_entropy(hidden: Tensor, head: torch.nn.Linear, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum of token losses, each times its weight, float32 scalar; the frozen head gets no gradient.
+
+    hidden [N, H], targets int64 [N], weights float32 [N] (None: 1 each).
+    """
+    values = torch.ones(targets.shape, device=hidden.device) if weights is None else weights
     if head.bias is not None:
-        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
-    return FrozenHeadCrossEntropy.apply(hidden, head.weight.detach(), targets)
+        return (F.cross_entropy(head(hidden).float(), targets, reduction="none") * values).sum()
+    return FrozenHeadCrossEntropy.apply(hidden, head.weight.detach(), targets, values)
 
 
 def shift(hidden: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,11 +119,13 @@ class Sample:
     encoded: Encoded
     stream: str
     source: str
+    loss_weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. `ids` int64 [B, S]; `mask` bool [B, S] where the loss looks; `real` bool [B, S] not padding.
+    """Right-padded rows. `ids` int64 [B, S]; `mask` bool [B, S] where the loss looks; `real` bool [B, S] not padding;
+    `weights` float32 [B, S], what each looked-at token's loss counts (zero elsewhere).
 
     With causal attention no real token sees the padding to its right, so no attention mask is needed.
     """
@@ -131,6 +133,7 @@ class Batch:
     ids: np.ndarray
     mask: np.ndarray
     real: np.ndarray
+    weights: np.ndarray
     streams: tuple[str, ...]
     sources: tuple[str, ...]
 
@@ -143,10 +146,12 @@ def make_batch(samples: Sequence[Sample]) -> Batch:
     """Pads samples to the longest one."""
     shape = (len(samples), max(len(s.encoded) for s in samples))
     ids, mask, real = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
+    weights = np.zeros(shape, np.float32)
     for row, sample in enumerate(samples):
         size = len(sample.encoded)
         ids[row, :size], mask[row, :size], real[row, :size] = sample.encoded.ids, sample.encoded.mask, True
-    return Batch(ids, mask, real, tuple(s.stream for s in samples), tuple(s.source for s in samples))
+        weights[row, :size] = sample.encoded.mask * np.float32(sample.loss_weight)
+    return Batch(ids, mask, real, weights, tuple(s.stream for s in samples), tuple(s.source for s in samples))
 
 
 def cut_batches(samples: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
@@ -231,7 +236,7 @@ class Mix:
         if sum(len(turn.content) for turn in row.turns) > 8 * limit:
             return None
         encoded = self.tokenizer.encode_chat([Turn(t.role, t.content) for t in row.turns], self.recipe.data.system)
-        return Sample(encoded, stream.name, row.source) if len(encoded) <= limit else None
+        return Sample(encoded, stream.name, row.source, stream.loss_weight) if len(encoded) <= limit else None
 
 
 def _block_counts(weights: Sequence[float], block: int) -> list[int]:

@@ -42,13 +42,16 @@ class Stream:
     """at most so many rows of each source, picked by hash of the id; 0: all"""
     max_length: int = 0
     """tokens, where the stream needs another limit than the mix; 0: that of the mix"""
+    loss_weight: float = 1.0
+    """weight of each of its answer tokens in the loss: a letter is one token among hundreds of running text, and what
+    little its gradient says is drowned without"""
 
     def problem(self) -> str:
         """What is wrong with the values, or ""."""
         if self.format not in FORMATS:
             return f"format {self.format!r} is not one of {', '.join(FORMATS)}"
-        if not self.weight > 0:
-            return "weight must be positive"
+        if not (self.weight > 0 and self.loss_weight > 0):
+            return "weight and loss_weight must be positive"
         return "cap and max_length must not be negative" if self.cap < 0 or self.max_length < 0 else ""
 
 

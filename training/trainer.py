@@ -149,8 +149,9 @@ class Trainer:
         return metrics
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, Any]:
-        """Forward and backward of one step's micro-batches; every token the loss looks at weighs the same."""
+        """Forward and backward of one step's micro-batches; tokens the loss looks at weigh as their streams say."""
         looked_at = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
+        weight = max(sum(float(batch.weights[:, 1:].sum()) for batch in batches), 1e-9)
         read = sum(batch.tokens for batch in batches)
         sums = {"loss": 0.0, "balance": 0.0, "z": 0.0, "router_entropy": 0.0, "loss_tokens": looked_at}
         terms = self.recipe.router
@@ -159,7 +160,8 @@ class Trainer:
             self.injected.state.clear()
             hidden = self.base.model.model(input_ids=ids, use_cache=False).last_hidden_state
             chosen, targets = shift(hidden, ids, mask)
-            loss = head_cross_entropy(chosen, self.base.model.lm_head, targets) / max(looked_at, 1)
+            values = torch.from_numpy(batch.weights[:, 1:][batch.mask[:, 1:]]).to(self.base.device)
+            loss = head_cross_entropy(chosen, self.base.model.lm_head, targets, values) / weight
             router = router_loss(self.injected.state.logits, real, self.recipe.adapter.top_k)
             share = batch.tokens / read
             (loss + share * (terms.balance * router.balance + terms.z * router.z)).backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,18 @@ def test_batches_stay_within_their_tokens_and_lose_no_row(write_recipe, tokenize
         assert batch.ids.size <= 200 or len(cut) == 1
         assert batch.tokens == sum(len(sample.encoded) for sample in cut)
         assert not batch.mask[~batch.real].any()
+
+
+def test_a_stream_weighs_its_answer_tokens(write_recipe, tokenizer: ChatTokenizer) -> None:
+    mix = Mix(
+        read_recipe(write_recipe(('format = "exam_letter"', 'format = "exam_letter"\nloss_weight = 10'))), tokenizer
+    )
+    seen = set()
+    for _, _, batch in islice(mix.batches(0), 4):
+        for stream, mask, weights in zip(batch.streams, batch.mask, batch.weights, strict=True):
+            assert weights.tolist() == (mask * (10.0 if stream == "letters" else 1.0)).tolist()
+            seen.add(stream)
+    assert seen == {"qa", "letters"}
 
 
 def test_too_long_rows_are_left_out(write_recipe, tokenizer: ChatTokenizer) -> None:

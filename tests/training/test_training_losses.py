@@ -13,16 +13,20 @@ from training import losses
 from training.losses import head_cross_entropy, router_loss, shift
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_head_loss_and_gradient_equal_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+def test_head_loss_and_gradient_equal_plain_cross_entropy(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, weighted: bool
+) -> None:
     monkeypatch.setattr(losses, "HEAD_CHUNK", 3)  # several chunks, the last one short
     torch.manual_seed(0)
     head = nn.Linear(16, 50, bias=bias).requires_grad_(False)
     hidden = torch.randn(8, 16, requires_grad=True)
     targets = torch.randint(50, (8,))
-    plain = F.cross_entropy(head(hidden), targets, reduction="sum")
+    weights = torch.rand(8) if weighted else None
+    plain = F.cross_entropy(head(hidden), targets, reduction="none") @ (torch.ones(8) if weights is None else weights)
     (expected,) = torch.autograd.grad(plain * 0.25, hidden)
-    ours = head_cross_entropy(hidden, head, targets)
+    ours = head_cross_entropy(hidden, head, targets, weights)
     (gradient,) = torch.autograd.grad(ours * 0.25, hidden)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(gradient, expected)

@@ -30,6 +30,7 @@ def test_shipped_recipes_read(path: Path) -> None:
         ("num_experts = 4", "num_experts = 1", "recipe.adapter"),
         ('format = "exam_letter"', 'format = "essay"', r"recipe.stream\[1\]"),
         ("weight = 2.0", "weight = -2", r"recipe.stream\[0\]"),
+        ("weight = 2.0", "weight = 2.0\nloss_weight = 0", r"recipe.stream\[0\]"),
         ('name = "letters"', 'name = "qa"', "stream"),
         ('name = "tiny"', "", "name"),
         ("max_length = 240", "max_length = true", "recipe.data.max_length"),
