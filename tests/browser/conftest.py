@@ -15,6 +15,7 @@ from ming_app.settings import Settings
 from ming_app.ui.launch import launch
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.page import Page
+from tests.fakes import FakeEngine
 
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 ARGS = [
@@ -25,6 +26,10 @@ ARGS = [
     "--disable-component-update",
     "--no-first-run",
 ]
+ANSWER = (
+    "高血压的**生活方式调整**：\n\n1. 限盐，每日不超过 5 克。\n2. 规律运动，如快走 30 分钟 💪。\n\n"
+    "| 项目 | 目标 |\n|---|---|\n| 血压 | <140/90 mmHg |\n\nSee a doctor if it stays high despite these changes.\n"
+)
 BOT = "#ming-chat [data-testid=bot]"
 WATCH = """() => {
   window.seen = { tokens: [], text: [] };
@@ -36,6 +41,11 @@ WATCH = """() => {
     new MutationObserver(look).observe(document.querySelector(id), { childList: true, subtree: true, characterData: true });
 }"""
 """Notes in the page itself how much there is to see after each change: asking from outside misses most of them."""
+
+
+def engine(script: Any = ANSWER, **options: Any) -> FakeEngine:
+    """A scripted engine of 12 layers."""
+    return FakeEngine(script, num_layers=options.pop("num_layers", 12), **options)
 
 
 @dataclass
