@@ -121,7 +121,7 @@ class TorchBackend:
             input_ids=torch.from_numpy(tokens).to(device),
             attention_mask=_mask(valid, width, self._dtype()),
             position_ids=torch.from_numpy(positions).to(device),
-            past_key_values=cache.past,
+            cache=cache.past,
             use_cache=True,
             logits_to_keep=0 if all_logits else 1,
         )
