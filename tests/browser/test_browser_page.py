@@ -346,7 +346,7 @@ def test_settings_reset(serve: Any, visit: Any) -> None:
     number = page.locator("#ming-temperature input[type=number]")
 
     def taken() -> bool:
-        """Gradio loses what is typed in the milliseconds in which an accordion's contents are still being mounted."""
+        """Typed right after opening, the value was lost once under load; most likely the contents were still mounting."""
         number.fill("0")
         number.blur()
         page.wait_for_timeout(200)
