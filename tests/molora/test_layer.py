@@ -31,7 +31,7 @@ def by_the_formula(linear: MoLoRALinear, x: torch.Tensor, bias: torch.Tensor | N
     b = linear.B.double().view(-1, c.rank, linear.out_features)
     rows = []
     for token in x.reshape(-1, x.shape[-1]).double():
-        logits = rr.router_weight[0].double() @ token + rr.router_bias[0].double()
+        logits = (rr.router_weight[0].double() @ token + rr.router_bias[0].double()).detach()
         logits = logits if bias is None else logits + bias
         chosen = sorted(range(c.num_experts), key=lambda e: -float(logits[e]))[: c.top_k]
         total = sum(math.exp(logits[e]) for e in chosen)

@@ -21,7 +21,6 @@ from ming_app.engine.backends.onnx_spec import (
     WEIGHTS,
     BaseShape,
     Manifest,
-    Recipe,
     find_recipe,
     runtime_version,
 )
@@ -58,14 +57,17 @@ def build_engine(
             "This adapter selects experts by sampling, which the ONNX engine does not do. Use the torch backend.",
             "该适配器以采样方式选择专家，ONNX 引擎不支持。请使用 torch 后端。",
         )
+    from ming_app.engine.backends.onnx_graph import DecoderGraph, GraphWriter  # imports onnx: for building only
+
     meter = Meter(progress, "build", shape.layers + 2, "steps")
-    meter.update(0, f"building the {recipe} engine", force=True)
+    meter.update(0, recipe, force=True)
     staging: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        _write_graph(staging, source, adapter, shape, precision, meter)
-        meter.update(shape.layers + 1, "embedding")
+        with open(staging / WEIGHTS, "wb") as weights:
+            DecoderGraph(GraphWriter(staging, weights), source, adapter, shape, precision).write(meter, recipe)
+        meter.update(shape.layers + 1, recipe)
         _write_embeddings(staging / EMBEDDINGS, source, shape)
         manifest = Manifest(
             recipe=recipe,
@@ -84,17 +86,8 @@ def build_engine(
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-    meter.update(shape.layers + 2, "built", force=True)
+    meter.update(shape.layers + 2, recipe, force=True)
     return target
-
-
-def _write_graph(
-    folder: Path, source: TensorSource, adapter: Adapter | None, shape: BaseShape, recipe: Recipe, meter: Meter
-) -> None:
-    from ming_app.engine.backends.onnx_graph import DecoderGraph, GraphWriter  # imports onnx: for building only
-
-    with open(folder / WEIGHTS, "wb") as weights:
-        DecoderGraph(GraphWriter(folder, weights), source, adapter, shape, recipe).write(meter)
 
 
 def _write_embeddings(path: Path, source: TensorSource, shape: BaseShape) -> None:
