@@ -64,10 +64,10 @@ def _convert(local: LocalModel, folder: Path, dtype: str, progress: ProgressCall
             f".{SINGLE_FILE}.*.tmp"
         ):  # of a run that was killed: the lock says nobody writes it now
             left.unlink()
-        meter = Meter(progress, "convert", total, "bytes")
+        meter = Meter(progress, "convert", total, "bytes", detail=local.name)
         with replacing(folder / SINGLE_FILE) as file:
             for written in write_safetensors(file, shapes, _pieces(source, local.base), dtype):
-                meter.update(written, local.name)
+                meter.update(written)
 
 
 def _pieces(source: TensorSource, path: Path) -> Iterator[tuple[str, np.ndarray]]:

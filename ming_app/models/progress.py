@@ -51,18 +51,22 @@ class Meter:
         total: int,
         unit: str,
         *,
+        detail: str = "",
         interval: float = 0.2,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._callback = callback
-        self._stage, self._unit = stage, unit
+        self._stage, self._unit, self._detail = stage, unit, detail
         self._interval, self._clock = interval, clock
         self._samples: deque[tuple[float, int]] = deque()
         self._last = float("-inf")
         self.total = total
 
     def update(self, done: int, detail: str = "", *, force: bool = False) -> None:
-        """Report `done` units of the whole. Calls back when enough time has passed, at the end, or when forced."""
+        """Report `done` units of the whole, and what is being worked on where that changes (else the meter's own detail).
+
+        Calls back when enough time has passed, at the end, or when forced.
+        """
         if self._callback is None:
             return
         now = self._clock()
@@ -77,7 +81,7 @@ class Meter:
         then, before = self._samples[0]
         speed = (done - before) / (now - then) if now > then else 0.0
         eta = (self.total - done) / speed if speed > 0 and self.total > 0 else None
-        self._callback(Progress(self._stage, done, self.total, self._unit, detail, speed, eta))
+        self._callback(Progress(self._stage, done, self.total, self._unit, detail or self._detail, speed, eta))
 
     def rest(self) -> None:
         """Forget the speed so far: what follows (another source, a resumed offset) runs at its own."""

@@ -125,5 +125,13 @@ def test_it_calls_back_now_and_then_and_at_the_end():
     Meter(None, "fetch", 10, "bytes").update(10)
 
 
+def test_it_names_its_own_detail_unless_told_another():
+    seen = []
+    meter = Meter(seen.append, "build", 3, "steps", detail="4bit")
+    meter.update(0, force=True)
+    meter.update(1, "a tensor", force=True)
+    assert [step.detail for step in seen] == ["4bit", "a tensor"]
+
+
 def test_an_unknown_total_has_no_fraction():
     assert Progress("fetch", 5, 0, "bytes").fraction == 0

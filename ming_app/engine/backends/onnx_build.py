@@ -59,15 +59,15 @@ def build_engine(
         )
     from ming_app.engine.backends.onnx_graph import DecoderGraph, GraphWriter  # imports onnx: for building only
 
-    meter = Meter(progress, "build", shape.layers + 2, "steps")
-    meter.update(0, recipe, force=True)
+    meter = Meter(progress, "build", shape.layers + 2, "steps", detail=recipe)
+    meter.update(0, force=True)
     staging: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         with open(staging / WEIGHTS, "wb") as weights:
-            DecoderGraph(GraphWriter(staging, weights), source, adapter, shape, precision).write(meter, recipe)
-        meter.update(shape.layers + 1, recipe)
+            DecoderGraph(GraphWriter(staging, weights), source, adapter, shape, precision).write(meter)
+        meter.update(shape.layers + 1)
         _write_embeddings(staging / EMBEDDINGS, source, shape)
         manifest = Manifest(
             recipe=recipe,
@@ -86,7 +86,7 @@ def build_engine(
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-    meter.update(shape.layers + 2, recipe, force=True)
+    meter.update(shape.layers + 2, force=True)
     return target
 
 

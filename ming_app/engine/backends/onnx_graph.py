@@ -141,14 +141,14 @@ class DecoderGraph:
         self._routed: dict[int, list[tuple[str, str]]] = {2: [], 1: []}
         self._check_names()
 
-    def write(self, meter: Meter, detail: str = "") -> None:
-        """Writes all layers and the head, then the graph. `detail` is what the progress names."""
+    def write(self, meter: Meter) -> None:
+        """Writes all layers and the head, then the graph."""
         s = self.shape
         self._declare_inputs()
         x, skip = "embeds", ""
         for layer in range(s.layers):
             x, skip = self._layer(layer, x, skip)
-            meter.update(layer + 1, detail)
+            meter.update(layer + 1)
         normed, _ = self._norm("norm", x, skip, "model.norm.weight")
         wanted = self.w.node("Gather", [normed, "wanted"], "head.x", axis=0)
         head = "model.embed_tokens.weight" if s.tied or "lm_head.weight" not in self._names else "lm_head.weight"
