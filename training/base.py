@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from training import attention
 from training.chat import ChatTokenizer
 from training.errors import TrainingError
 
@@ -47,15 +48,16 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def attention_kind(device: torch.device) -> str:
-    """On a CPU the fused kernel's backward is slow for the short rows we train on: plain matmuls gain a tenth."""
-    return "eager" if device.type == "cpu" else "sdpa"
-
-
 def load_base(
-    name: str, device: str = "auto", dtype: torch.dtype = torch.bfloat16, progress: ProgressCallback | None = None
+    name: str,
+    device: str = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    progress: ProgressCallback | None = None,
+    *,
+    packing: bool = True,
 ) -> Base:
-    """Loads a base by catalogue name, local folder or hub id. Raises MingError for whatever stands in the way."""
+    """Loads a base by catalogue name, local folder or hub id; with `packing` it attends by attention.py, else in its own
+    way. Raises MingError for whatever stands in the way."""
     from ming_app.models.catalog import find_model
     from ming_app.models.fetch import fetch
     from ming_app.models.load import load_torch_model
@@ -65,7 +67,9 @@ def load_base(
     local = fetch(find_model(name), Settings.load({"adapter": "none"}), progress)
     where = pick_device(device)
     precision = {torch.bfloat16: "bf16", torch.float32: "float32"}[dtype]
-    loaded = load_torch_model(local, None, precision, str(where), progress, attention=attention_kind(where))
+    attention.register()
+    kind = attention.NAME if packing else "sdpa"
+    loaded = load_torch_model(local, None, precision, str(where), progress, attention=kind)
     model = loaded.model.requires_grad_(False)
     tokenizer = ChatTokenizer.from_folder(local.home)
     return Base(local.name, _base_title(local.title), local.fingerprint, model, tokenizer, dict(loaded.config))

@@ -101,10 +101,13 @@ def _load(name: str, recipe: Recipe | None, console: Console) -> Base:
     import torch
 
     from training.base import load_base
+    from training.memory import keep_freed_memory
 
+    keep_freed_memory()
     if recipe and recipe.threads:
         torch.set_num_threads(recipe.threads)
-    return load_base(name, recipe.device if recipe else "auto", progress=console.progress)
+    device, packing = (recipe.device, recipe.data.packing) if recipe else ("auto", True)
+    return load_base(name, device, progress=console.progress, packing=packing)
 
 
 # -- train -------------------------------------------------------------------------------------------------------------

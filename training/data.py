@@ -171,22 +171,26 @@ def exam_answer(question: Question) -> str:
     return ANSWER_PREFIX[question.lang] + LETTER_JOIN[question.lang] + "".join(question.answer)
 
 
-def shuffle_options(question: Question, rng: random.Random) -> Question:
+def shuffle_options(question: Question, rng: random.Random, place: str = "") -> Question:
     """The same question with its options in another order; the letters follow. The explanation is dropped, since it may
-    speak of letters. Options that refer to one another ("all of the above") stay where they are."""
+    speak of letters. Options that refer to one another ("all of the above") stay where they are. `place`: the letter that
+    a single right option shall get."""
     if any(REFERS_TO_OTHERS.search(text) for text in question.options.values()):
         return question
     letters = list(question.options)
     order = rng.sample(letters, len(letters))
+    if place in letters and not question.multiple:
+        at, wanted = order.index(question.answer[0]), letters.index(place)
+        order[at], order[wanted] = order[wanted], order[at]
     moved = dict(zip(order, letters, strict=True))
-    options = {letter: question.options[old] for old, letter in moved.items()}
+    options = {letter: question.options[old] for old, letter in zip(order, letters, strict=True)}
     answer = tuple(sorted(moved[letter] for letter in question.answer))
     return Question(question.id, question.source, question.lang, question.stem, options, answer, "", question.tags)
 
 
-def letter_row(question: Question, rng: random.Random) -> ChatRow:
-    """Options shuffled, one of the letter-only wordings, the letter as answer."""
-    question = shuffle_options(question, rng)
+def letter_row(question: Question, rng: random.Random, place: str = "") -> ChatRow:
+    """Options shuffled (see `shuffle_options`), one of the letter-only wordings, the letter as answer."""
+    question = shuffle_options(question, rng, place)
     ask = rng.choice(ASK_LETTER[question.lang])
     return _exam_row(question, exam_prompt(question, ask), exam_answer(question))
 

@@ -19,11 +19,12 @@ import torch
 
 from ming_app.engine.types import Backend
 from ming_app.molora.inject import InjectedModel
-from training.chat import ChatTokenizer, Turn
+from training.chat import ChatTokenizer, Encoded, Turn
 from training.data import ANSWER_PREFIX, ASK_LETTER, LETTER_JOIN, Question, exam_prompt, read_questions
 from training.errors import DataError
-from training.losses import head_cross_entropy, router_loss, shift
-from training.mix import Batch, Sample, cut_batches, make_batch
+from training.losses import head_cross_entropy, router_loss
+from training.packing import Batch, Sample, pack
+from training.step import hidden_states, packed
 
 Tick = Callable[[int, int], None]
 """called with (done, total)"""
@@ -44,12 +45,10 @@ def dev_loss(
     result = {}
     for name, rows in samples.items():
         total, count = 0.0, 0
-        for cut in cut_batches(rows, batch_tokens):
-            batch = make_batch(cut)
-            ids, mask = torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.mask).to(device)
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            chosen, targets = shift(hidden, ids, mask)
-            total += float(head_cross_entropy(chosen, model.lm_head, targets))
+        for batch in pack(rows, batch_tokens, share=packed(model)):
+            hidden = hidden_states(model, batch)
+            learn_at, targets = torch.from_numpy(batch.learn_at).to(device), torch.from_numpy(batch.targets).to(device)
+            total += float(head_cross_entropy(hidden[learn_at], model.lm_head, targets))
             count += len(targets)
             if observe:
                 observe(name, batch)
@@ -122,27 +121,26 @@ def score_letters(
     model: Any, tasks: Sequence[LetterTask], batch_tokens: int = 2048, tick: Tick | None = None
 ) -> list[np.ndarray]:
     """Log-probabilities over each task's letters (they sum to 1 among themselves), float32 [options], in task order."""
-    device = model.lm_head.weight.device
     scores: list[np.ndarray] = [np.empty(0)] * len(tasks)
-    order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].ids))
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and (end + 1 - start) * len(tasks[order[end]].ids) <= batch_tokens:
-            end += 1
-        rows = order[start:end]
-        ids = np.zeros((len(rows), len(tasks[rows[-1]].ids)), np.int64)
-        for row, index in enumerate(rows):
-            ids[row, : len(tasks[index].ids)] = tasks[index].ids
-        hidden = model.model(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
-        last = torch.tensor([len(tasks[i].ids) - 1 for i in rows], device=device)
-        logits = model.lm_head(hidden[torch.arange(len(rows), device=device), last]).float().cpu()
-        for row, index in enumerate(rows):
-            scores[index] = logits[row, tasks[index].letter_ids].log_softmax(-1).numpy()
-        start = end
+    samples = [_asked(task) for task in tasks]
+    place = {id(sample): i for i, sample in enumerate(samples)}
+    done = 0
+    for batch in pack(samples, batch_tokens, share=packed(model)):
+        last = torch.from_numpy(batch.learn_at).to(model.lm_head.weight.device)
+        logits = model.lm_head(hidden_states(model, batch)[last]).float().cpu()
+        for row, sample in zip(logits, batch.samples, strict=True):
+            index = place[id(sample)]
+            scores[index] = row[tasks[index].letter_ids].log_softmax(-1).numpy()
+        done += len(batch.samples)
         if tick:
-            tick(start, len(order))
+            tick(done, len(tasks))
     return scores
+
+
+def _asked(task: LetterTask) -> Sample:
+    """The prompt and one letter as the token to be predicted: packing then finds the state before it."""
+    ids = np.asarray([*task.ids, task.letter_ids[0]], np.int32)
+    return Sample(Encoded(ids, np.arange(len(ids)) == len(ids) - 1), "", "")
 
 
 def score_letters_served(backend: Backend, tasks: Sequence[LetterTask], tick: Tick | None = None) -> list[np.ndarray]:

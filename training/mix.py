@@ -2,7 +2,7 @@
 
 The order is a pure function of the recipe: batch b of block n is the same in every process, so a run resumes at
 (block, batch) without any stored state. A block draws `block` rows from the streams by weight, each stream in its own
-shuffled order (shuffled anew at every pass), sorts them by length and cuts them into batches with little padding.
+shuffled order (shuffled anew at every pass), and packs them (packing.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from training.chat import ChatTokenizer, Encoded, Turn
+from training.chat import ChatTokenizer, Turn
 from training.data import ChatRow, Damage, Question, letter_row, read_chats, read_questions, reasoning_row
 from training.errors import DataError
 from training.licences import Licence, licence_of, needs_tags
+from training.packing import Batch, Sample, pack
 from training.recipe import Recipe, Stream
 
 
@@ -112,59 +113,6 @@ def _capped(rows: list[Any], cap: int, dropped: Counter[str]) -> list[Any]:
     return sorted(kept, key=lambda row: row.id)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One encoded conversation and the stream it came from."""
-
-    encoded: Encoded
-    stream: str
-    source: str
-    loss_weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded rows. `ids` int64 [B, S]; `mask` bool [B, S] where the loss looks; `real` bool [B, S] not padding;
-    `weights` float32 [B, S], what each looked-at token's loss counts (zero elsewhere).
-
-    With causal attention no real token sees the padding to its right, so no attention mask is needed.
-    """
-
-    ids: np.ndarray
-    mask: np.ndarray
-    real: np.ndarray
-    weights: np.ndarray
-    streams: tuple[str, ...]
-    sources: tuple[str, ...]
-
-    @property
-    def tokens(self) -> int:
-        return int(self.real.sum())
-
-
-def make_batch(samples: Sequence[Sample]) -> Batch:
-    """Pads samples to the longest one."""
-    shape = (len(samples), max(len(s.encoded) for s in samples))
-    ids, mask, real = np.zeros(shape, np.int64), np.zeros(shape, bool), np.zeros(shape, bool)
-    weights = np.zeros(shape, np.float32)
-    for row, sample in enumerate(samples):
-        size = len(sample.encoded)
-        ids[row, :size], mask[row, :size], real[row, :size] = sample.encoded.ids, sample.encoded.mask, True
-        weights[row, :size] = sample.encoded.mask * np.float32(sample.loss_weight)
-    return Batch(ids, mask, real, weights, tuple(s.stream for s in samples), tuple(s.source for s in samples))
-
-
-def cut_batches(samples: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
-    """Samples sorted by length and cut so that rows x longest stays within `batch_tokens` (one row at least)."""
-    batches: list[list[Sample]] = []
-    for sample in sorted(samples, key=lambda s: len(s.encoded)):
-        if batches and (len(batches[-1]) + 1) * len(sample.encoded) <= batch_tokens:
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
-    return batches
-
-
 class Mix:
     """All streams of a recipe, tokenised when drawn."""
 
@@ -183,7 +131,7 @@ class Mix:
         while True:
             cut = self._block(block)
             for index in range(batch, len(cut)):
-                yield block, index, make_batch(cut[index])
+                yield block, index, cut[index]
             block, batch = block + 1, 0
 
     def seen(self, block: int, batch: int) -> dict[str, dict[str, dict[str, int]]]:
@@ -192,10 +140,10 @@ class Mix:
         for at_block, at_batch, rows in self.batches(0):
             if (at_block, at_batch) >= (block, batch):
                 return table
-            for stream, source, size in zip(rows.streams, rows.sources, rows.real.sum(1).tolist(), strict=True):
-                entry = table.setdefault(stream, {}).setdefault(source, {"rows": 0, "tokens": 0})
+            for sample in rows.samples:
+                entry = table.setdefault(sample.stream, {}).setdefault(sample.source, {"rows": 0, "tokens": 0})
                 entry["rows"] += 1
-                entry["tokens"] += size
+                entry["tokens"] += len(sample.encoded)
         return table
 
     def held_out(self) -> dict[str, list[Sample]]:
@@ -207,36 +155,52 @@ class Mix:
             result[rows.stream.name] = kept[: self.recipe.data.held_out_rows]
         return result
 
-    def _block(self, block: int) -> list[list[Sample]]:
+    def _block(self, block: int) -> list[Batch]:
         seed = self.recipe.seed
         samples: list[Sample] = []
         for rows, count in zip(self.streams, self._counts, strict=True):
+            drawn = []
             for position in range(block * count, (block + 1) * count):
                 turn, index = divmod(position, len(rows.rows))
-                order = _order(seed, rows.stream.name, turn, len(rows.rows))
-                row = rows.rows[order[index]]
-                sample = self._encode(rows.stream, row, f"{seed} {turn} {row.id}")
-                if sample is not None:
-                    samples.append(sample)
-        batches = cut_batches(samples, self.recipe.budget.batch_tokens)
-        random.Random(f"{seed} batches {block}").shuffle(batches)
-        if not batches:
+                row = rows.rows[_order(seed, rows.stream.name, turn, len(rows.rows))[index]]
+                drawn.append((f"{seed} {turn} {row.id}", row))
+            places = _places([row for _, row in drawn], f"{seed} {block} {rows.stream.name}")
+            encoded = (self._encode(rows.stream, row, key, places.get(row.id, "")) for key, row in drawn)
+            samples += [sample for sample in encoded if sample is not None]
+        if not samples:
             raise DataError(
                 "Every row drawn is longer than max_length; nothing is left to train on.",
                 "抽取的数据全部超过 max_length，没有可训练的内容。",
             )
-        return batches
+        budget = self.recipe.budget.batch_tokens
+        return pack(samples, budget, f"{seed} {block}", share=self.recipe.data.packing)
 
-    def _encode(self, stream: Stream, row: ChatRow | Question, seed: str) -> Sample | None:
-        """The row as tokens, or None when it is too long."""
+    def _encode(self, stream: Stream, row: ChatRow | Question, seed: str, place: str = "") -> Sample | None:
+        """The row as tokens, or None when it is too long. `place`: the letter its right option shall have."""
         if isinstance(row, Question):
-            make = letter_row if stream.format == "exam_letter" else reasoning_row
-            row = make(row, random.Random(seed))
+            rng = random.Random(seed)
+            row = letter_row(row, rng, place) if stream.format == "exam_letter" else reasoning_row(row, rng)
         limit = stream.max_length or self.recipe.data.max_length
         if sum(len(turn.content) for turn in row.turns) > 8 * limit:
             return None
         encoded = self.tokenizer.encode_chat([Turn(t.role, t.content) for t in row.turns], self.recipe.data.system)
         return Sample(encoded, stream.name, row.source, stream.loss_weight) if len(encoded) <= limit else None
+
+
+def _places(rows: Sequence[ChatRow | Question], seed: str) -> dict[str, str]:
+    """The letter for the right option of each single-answer question. Among questions of like length and as many options
+    every letter comes equally often, so that no batch teaches the model to like one letter."""
+    rng = random.Random(f"{seed} letters")
+    places: dict[str, str] = {}
+    questions = [row for row in rows if isinstance(row, Question) and not row.multiple]
+    bag: dict[int, list[str]] = {}
+    for question in sorted(questions, key=lambda q: (len(q.stem) + sum(map(len, q.options.values())), q.id)):
+        letters = list(question.options)
+        left = bag.setdefault(len(letters), [])
+        if not left:
+            left += rng.sample(letters, len(letters))
+        places[question.id] = left.pop()
+    return places
 
 
 def _block_counts(weights: Sequence[float], block: int) -> list[int]:

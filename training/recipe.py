@@ -71,7 +71,9 @@ class Data:
     held_out_rows: int = 24
     """rows of each stream's held-out share that the dev loss is measured on"""
     block: int = 192
-    """rows drawn from the streams at a time, sorted by length and cut into batches"""
+    """rows drawn from the streams at a time and packed into micro-batches"""
+    packing: bool = True
+    """samples of any length in one row, attention kept inside each; false: right-padded rows of one length"""
     broken_lines: str = "stop"
     """stop, or skip (counted)"""
 
@@ -100,7 +102,7 @@ class Budget:
     max_minutes: float = 0
     """active minutes: a stopped process does not use them up, nor (on a CPU) time given to other programs"""
     batch_tokens: int = 1024
-    """padded tokens per micro-batch"""
+    """tokens per micro-batch, padding counted"""
     accumulate: int = 1
     """micro-batches per step"""
 

@@ -28,11 +28,12 @@ from training.errors import TrainingError, not_written
 from training.evaluate import dev_loss
 from training.export import run_summary
 from training.files import write_text
-from training.losses import head_cross_entropy, router_loss, shift
-from training.mix import Batch, Mix
+from training.mix import Mix
+from training.packing import Batch
 from training.recipe import Recipe
 from training.schedule import ActiveClock, Progress, learning_rate
 from training.state import RunState, checkpoints, load_state, save_state
+from training.step import Objective
 
 LOAD_EVERY = 10  # steps between records of the expert load (a table of layers x projections x experts)
 
@@ -68,7 +69,7 @@ class Trainer:
         self.recipe, self.base, self.folder, self.report = recipe, base, run, report
         self.mix = Mix(recipe, base.tokenizer)
         self.injected: InjectedModel = inject_molora(base.model, recipe.adapter)
-        self.injected.state.collect_logits = True
+        self.objective = Objective(base.model, self.injected.state, recipe.adapter.top_k)
         self.parameters = self.injected.adapter_parameters()
         o = recipe.optimizer
         self.optimizer = torch.optim.AdamW(
@@ -90,6 +91,7 @@ class Trainer:
         clock = ActiveClock(self.base.device)
         batches = self.mix.batches(self.progress.block, self.progress.batch)
         last: dict[str, Any] = {}
+        self.base.model.train()  # LoRA dropout acts
         with self._signals():
             while not self._stop and self.progress.share(self.recipe.budget) < 1:
                 last = self._step(batches, clock)
@@ -124,7 +126,7 @@ class Trainer:
         tokens = sum(batch.tokens for _, _, batch in taken)
         p.step += 1
         p.tokens += tokens
-        p.rows += sum(len(batch.streams) for _, _, batch in taken)
+        p.rows += sum(len(batch.samples) for _, _, batch in taken)
         p.loss_tokens += sums.pop("loss_tokens")
         p.block, p.batch = taken[-1][0], taken[-1][1] + 1
         active, wall = clock.lap(), time.monotonic() - began
@@ -150,22 +152,15 @@ class Trainer:
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, Any]:
         """Forward and backward of one step's micro-batches; tokens the loss looks at weigh as their streams say."""
-        looked_at = sum(int(batch.mask[:, 1:].sum()) for batch in batches)
-        weight = max(sum(float(batch.weights[:, 1:].sum()) for batch in batches), 1e-9)
-        read = sum(batch.tokens for batch in batches)
+        looked_at = sum(len(batch.targets) for batch in batches)
+        weight = max(sum(float(batch.weights.sum()) for batch in batches), 1e-9)
+        read = sum(int(batch.real.sum()) for batch in batches)
         sums = {"loss": 0.0, "balance": 0.0, "z": 0.0, "router_entropy": 0.0, "loss_tokens": looked_at}
-        terms = self.recipe.router
+        coefficients = self.recipe.router
         for batch in batches:
-            ids, mask, real = (torch.from_numpy(x).to(self.base.device) for x in (batch.ids, batch.mask, batch.real))
-            self.injected.state.clear()
-            hidden = self.base.model.model(input_ids=ids, use_cache=False).last_hidden_state
-            chosen, targets = shift(hidden, ids, mask)
-            values = torch.from_numpy(batch.weights[:, 1:][batch.mask[:, 1:]]).to(self.base.device)
-            loss = head_cross_entropy(chosen, self.base.model.lm_head, targets, values) / weight
-            router = router_loss(self.injected.state.logits, real, self.recipe.adapter.top_k)
-            share = batch.tokens / read
-            (loss + share * (terms.balance * router.balance + terms.z * router.z)).backward()
-            self.injected.state.clear()
+            terms = self.objective(batch)
+            loss, router, share = terms.loss / weight, terms.router, int(batch.real.sum()) / read
+            (loss + share * (coefficients.balance * router.balance + coefficients.z * router.z)).backward()
             sums["loss"] += float(loss.detach())
             sums["balance"] += share * float(router.balance.detach())
             sums["z"] += share * float(router.z.detach())
@@ -207,9 +202,10 @@ class Trainer:
 
     def _evaluate(self) -> None:
         rng = torch.get_rng_state()
+        self.base.model.eval()
         result = dev_loss(self.base.model, self.mix.held_out(), self.recipe.budget.batch_tokens)
+        self.base.model.train()
         torch.set_rng_state(rng)
-        self.injected.state.clear()
         self._last_eval = self.progress.active_seconds
         self._log({"event": "dev", "step": self.progress.step, "dev_loss": result})
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ming_app.molora.autograd import AddExperts, AddLoRA, RankAndRoute, rank_and_route
 from ming_app.molora.config import PROJECTIONS, MoLoRAConfig
 
 GATHER_TOKENS = 4  # up to here reading k slices of B beats the dense GEMM over all E (measured on two cores)
@@ -81,14 +82,14 @@ class RankRouter(nn.Module):
         """x [..., in] -> h [..., slots, R] in x's dtype, logits float32 [..., slots, E]."""
         lead = x.shape[:-1]
         a, router = self.A.flatten(0, 1), self.router_weight.flatten(0, 1)
-        bias = self.router_bias.flatten().float()
-        if x.dtype == torch.float32 and a.dtype == torch.float32 and self.dropout.p == 0:
-            both = F.linear(x, torch.cat([a, router]))
-            h, logits = both.split([a.shape[0], router.shape[0]], dim=-1)
-            logits = logits + bias
-        else:
+        bias = self.router_bias.flatten()
+        if self.training and self.dropout.p:
             h = F.linear(self.dropout(x), a.to(x.dtype))
-            logits = F.linear(x.float(), router.float(), bias)
+            logits = F.linear(x.float(), router.float(), bias.float())
+        elif torch.is_grad_enabled():
+            h, logits = RankAndRoute.apply(x.flatten(0, -2), a, router, bias)
+        else:
+            h, logits = rank_and_route(x, a, router, bias)
         return h.view(*lead, self.slots, -1), logits.view(*lead, self.slots, -1)
 
     def for_slot(self, x: Tensor, slot: int) -> tuple[Tensor, Tensor]:
@@ -148,24 +149,21 @@ class MoLoRALinear(nn.Module):
             self._state.weights[self._cell] = weights
         if self._state.collect_logits:
             self._state.logits.append((*self._cell, logits))
-        delta = self._gathered(h, experts, weights) if self._few_tokens(h) else None
-        if delta is not None:
-            return y + delta.to(y.dtype)
-        scaled = self._scale_ranks(h, experts, weights).to(y.dtype)
-        flat = torch.addmm(y.flatten(0, -2), scaled.flatten(0, -2), self.B.to(y.dtype))
-        return flat.view(y.shape)
+        if self._few_tokens(h):
+            return y + self._gathered(h, experts, weights).to(y.dtype)
+        return AddExperts.apply(y, h.flatten(0, -2), self._gate(experts, weights).flatten(0, -2), self.B)
 
     def _few_tokens(self, h: Tensor) -> bool:
         return not torch.is_grad_enabled() and h.numel() <= GATHER_TOKENS * h.shape[-1]
 
-    def _scale_ranks(self, h: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """h [..., R] times the sparse gate (zero for experts not chosen) times s, in h's dtype."""
+    def _gate(self, experts: Tensor, weights: Tensor) -> Tensor:
+        """s times the weight of every expert, zero for those not chosen; shared experts last: float32 [..., E + shared]."""
         c = self.config
-        gate = torch.zeros(*h.shape[:-1], c.num_experts, dtype=weights.dtype, device=h.device)
+        gate = torch.zeros(*weights.shape[:-1], c.num_experts, dtype=weights.dtype, device=weights.device)
         gate = gate.scatter(-1, experts, weights * c.scale)
         if c.num_shared_experts:
-            gate = torch.cat([gate, gate.new_full((*h.shape[:-1], c.num_shared_experts), c.scale)], dim=-1)
-        return (h.unflatten(-1, (-1, c.rank)) * gate.to(h.dtype).unsqueeze(-1)).flatten(-2)
+            gate = torch.cat([gate, gate.new_full((*gate.shape[:-1], c.num_shared_experts), c.scale)], dim=-1)
+        return gate
 
     def _gathered(self, h: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """The same sum from only the k chosen slices: h [..., R] -> [..., out]."""
@@ -208,8 +206,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the base layer's output dtype."""
         y = self.base_layer(x)
-        h = F.linear(self.dropout(x), self.A.to(x.dtype))
-        return y + self.scale * F.linear(h, self.B.to(x.dtype)).to(y.dtype)
+        return AddLoRA.apply(y, self.dropout(x).flatten(0, -2), self.A, self.B, self.scale)
 
 
 def select_experts(

@@ -17,7 +17,7 @@ from training.chat import ChatTokenizer
 from training.data import Damage, letter_row, read_chats, read_questions, reasoning_row, shuffle_options
 from training.errors import DataError
 from training.licences import licence_of
-from training.mix import Mix, cut_batches, is_held_out, make_batch, read_stream
+from training.mix import Mix, is_held_out, read_stream
 from training.recipe import read_recipe
 
 
@@ -120,7 +120,7 @@ def test_mix_is_a_function_of_the_position(write_recipe, tokenizer: ChatTokenize
     block, index, expected = whole[7]
     _, _, again = next(Mix(recipe, tokenizer).batches(block, index))
     np.testing.assert_array_equal(again.ids, expected.ids)
-    shares = Counter(stream for _, _, batch in whole for stream in batch.streams)
+    shares = Counter(stream for _, _, batch in whole for stream in (s.stream for s in batch.samples))
     assert 1.5 < shares["qa"] / shares["letters"] < 2.7
     other = read_recipe(write_recipe(seed=4))
     assert any(
@@ -129,28 +129,30 @@ def test_mix_is_a_function_of_the_position(write_recipe, tokenizer: ChatTokenize
     )
 
 
-def test_batches_stay_within_their_tokens_and_lose_no_row(write_recipe, tokenizer: ChatTokenizer) -> None:
-    mix = Mix(read_recipe(write_recipe()), tokenizer)
-    samples = [sample for rows in mix.held_out().values() for sample in rows]
-    batches = cut_batches(samples, 200)
-    assert sum(len(batch) for batch in batches) == len(samples)
-    for cut in batches:
-        batch = make_batch(cut)
-        assert batch.ids.size <= 200 or len(cut) == 1
-        assert batch.tokens == sum(len(sample.encoded) for sample in cut)
-        assert not batch.mask[~batch.real].any()
-
-
 def test_a_stream_weighs_its_answer_tokens(write_recipe, tokenizer: ChatTokenizer) -> None:
     mix = Mix(
         read_recipe(write_recipe(('format = "exam_letter"', 'format = "exam_letter"\nloss_weight = 10'))), tokenizer
     )
     seen = set()
     for _, _, batch in islice(mix.batches(0), 4):
-        for stream, mask, weights in zip(batch.streams, batch.mask, batch.weights, strict=True):
-            assert weights.tolist() == (mask * (10.0 if stream == "letters" else 1.0)).tolist()
-            seen.add(stream)
+        streams = [batch.streams[i] for i in batch.stream_of[batch.learn_at]]
+        assert batch.weights.tolist() == [10.0 if stream == "letters" else 1.0 for stream in streams]
+        seen |= set(streams)
     assert seen == {"qa", "letters"}
+
+
+def test_right_letters_are_spread_evenly_in_every_block(write_recipe, tokenizer: ChatTokenizer) -> None:
+    mix = Mix(read_recipe(write_recipe(("block = 12", "block = 60"))), tokenizer)
+    asked = tokenizer.encode_text("答案：")
+    letters: Counter[int] = Counter()
+    for block, _, batch in mix.batches(0):
+        if block > 0:
+            break
+        for sample in batch.samples:
+            if sample.stream == "letters":
+                learnt = sample.encoded.ids[sample.encoded.mask].tolist()
+                letters[learnt[len(asked)]] += 1
+    assert len(letters) == 5 and max(letters.values()) - min(letters.values()) <= 1
 
 
 def test_too_long_rows_are_left_out(write_recipe, tokenizer: ChatTokenizer) -> None:

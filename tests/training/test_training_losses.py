@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from training import losses
-from training.losses import head_cross_entropy, router_loss, shift
+from training.losses import head_cross_entropy, router_loss
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -32,19 +32,10 @@ def test_head_loss_and_gradient_equal_plain_cross_entropy(
     torch.testing.assert_close(gradient, expected)
 
 
-def test_shift_pairs_each_learnt_token_with_the_state_before_it() -> None:
-    hidden = torch.arange(2 * 4).view(2, 4, 1).float()
-    ids = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
-    mask = torch.tensor([[False, False, True, True], [True, True, False, False]])
-    chosen, targets = shift(hidden, ids, mask)
-    assert targets.tolist() == [12, 13, 21]  # the very first token has nothing before it
-    assert chosen.flatten().tolist() == [1, 2, 4]
-
-
 def test_router_terms_by_hand() -> None:
     # one router, three tokens of which the last is padding, E = 2, k = 1
     logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [9.0, 0.0]]])
-    result = router_loss([(0, 0, logits)], torch.tensor([[True, True, False]]), top_k=1)
+    result = router_loss([(0, 0, logits)], torch.tensor([True, True, False]), top_k=1)
     p = [[1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))], [1 / (1 + math.exp(1)), 1 / (1 + math.exp(-1))]]
     mean = [(p[0][i] + p[1][i]) / 2 for i in range(2)]
     assert result.balance.item() == pytest.approx(2 * (0.5 * mean[0] + 0.5 * mean[1]))
@@ -58,7 +49,7 @@ def test_balance_is_one_when_even_and_large_when_collapsed() -> None:
     even = 5 * torch.eye(4).repeat(8, 1)[None]
     one = torch.zeros(1, 32, 4)
     one[..., 2] = 20.0
-    real = torch.ones(1, 32, dtype=torch.bool)
+    real = torch.ones(32, dtype=torch.bool)
     assert router_loss([(0, 0, even)], real, 1).balance.item() == pytest.approx(1.0)
     assert router_loss([(0, 0, one)], real, 1).balance.item() == pytest.approx(4.0, rel=1e-3)
 
@@ -69,6 +60,6 @@ def test_router_rows_are_in_layer_and_projection_order() -> None:
         row = torch.zeros(1, 1, 8)
         row[..., layer * 3 + projection] = 5.0
         logits.append((layer, projection, row))
-    load = router_loss(logits, torch.ones(1, 1, dtype=torch.bool), 1).load
+    load = router_loss(logits, torch.ones(1, dtype=torch.bool), 1).load
     assert load.shape == (2, 3, 8)
     assert load.flatten(0, 1).argmax(-1).tolist() == list(range(6))

@@ -78,11 +78,14 @@ def test_one_step_equals_a_plain_computation(write_recipe, tiny_folder: Path, tm
     from transformers import AutoModelForCausalLM
 
     trainer, _ = train(write_recipe(("balance = 0.01", "balance = 0.0"), steps=1), tiny_folder, tmp_path / "run")
-    batch = next(trainer.mix.batches(0))[2]
-    labels = torch.from_numpy(np.where(batch.mask, batch.ids, -100))
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    expected = model(torch.from_numpy(batch.ids), attention_mask=torch.from_numpy(batch.real), labels=labels).loss
-    assert losses(tmp_path / "run")[0] == pytest.approx(float(expected.detach()), rel=1e-4)
+    total, count = 0.0, 0
+    for sample in next(trainer.mix.batches(0))[2].samples:
+        ids = torch.from_numpy(sample.encoded.ids.astype(np.int64))[None]
+        labels = torch.where(torch.from_numpy(sample.encoded.mask), ids, -100)
+        learnt = int(sample.encoded.mask[1:].sum())
+        total, count = total + float(model(ids, labels=labels).loss.detach()) * learnt, count + learnt
+    assert losses(tmp_path / "run")[0] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_accumulation_weighs_every_token_alike(write_recipe, tiny_folder: Path, tmp_path: Path) -> None:

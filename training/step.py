@@ -1,0 +1,78 @@
+"""What one micro-batch gives: the masked loss, the router terms, and how the experts were used.
+
+`Objective` is one module so that wrappers (DDP, FSDP) see a single forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ming_app.molora.layer import RoutingState
+from training.attention import NAME
+from training.losses import RouterLoss, head_cross_entropy, router_loss
+from training.packing import Batch
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Scalars with their graph, and the router's record."""
+
+    loss: Tensor
+    """weighted sum of token losses"""
+    router: RouterLoss | None
+
+
+class Objective(nn.Module):
+    """A transformers causal language model as the trainer calls it; `state` is its RoutingState when it carries MoLoRA."""
+
+    def __init__(self, model: Any, state: RoutingState | None = None, top_k: int = 1):
+        super().__init__()
+        self.model: Any = model
+        self.state, self.top_k = state, top_k
+
+    def forward(self, batch: Batch) -> Terms:
+        """Runs the model on a micro-batch; the head only where the loss looks."""
+        device = self.model.lm_head.weight.device
+        learn_at, targets, weights, real = (
+            torch.from_numpy(x).to(device) for x in (batch.learn_at, batch.targets, batch.weights, batch.real)
+        )
+        if self.state is not None:
+            self.state.clear()
+            self.state.collect_logits = True
+        hidden = hidden_states(self.model, batch)
+        router = None
+        if self.state is not None:
+            self.state.collect_logits = False  # gradient checkpointing runs the layers again in the backward pass
+            router = router_loss(self.state.logits, real, self.top_k)
+            self.state.clear()
+        return Terms(head_cross_entropy(hidden[learn_at], self.model.lm_head, targets, weights), router)
+
+
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """Last hidden states [T, H] of a micro-batch, in the order of its row."""
+    device = model.lm_head.weight.device
+    ids, positions = torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.positions).to(device)
+    if packed(model):
+        options: dict[str, Any] = {"position_ids": positions[None], "parts": batch.parts}
+        rows = 1
+    else:
+        # plain right-padded rows: with causal attention no real token sees the padding, so no mask is needed
+        rows, options = _rows(batch.parts), {}
+    output = model.model(input_ids=ids.view(rows, -1), use_cache=False, **options)
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def packed(model: Any) -> bool:
+    """Whether the model attends by attention.py, so that rows may be packed."""
+    return model.config._attn_implementation == NAME
+
+
+def _rows(parts: Sequence[Any]) -> int:
+    if len(parts) != 1 or parts[0].shared:
+        raise ValueError("a packed micro-batch needs the packed attention")
+    return parts[0].rows
