@@ -1,4 +1,4 @@
-"""`python -m training train | evaluate | export`.
+"""`python -m training data | train | evaluate | export`.
 
 Contract: `--json` gives exactly one JSON object on stdout, everything else goes to stderr; exit code 0 done, 1 failed
 or stopped before the end, 2 wrong use. Messages in the user's language.
@@ -65,6 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
     train.set_defaults(run=_train)
 
+    data = commands.add_parser(
+        "data", parents=[common], help="what a recipe's mix holds: rows, tokens, languages, licences"
+    )
+    data.add_argument("--recipe", required=True)
+    data.add_argument(
+        "--show", type=int, default=0, metavar="N", help="print N samples with the tokens that are learnt"
+    )
+    data.set_defaults(run=_data)
+
     evaluate = commands.add_parser(
         "evaluate", parents=[common], help="dev loss and exam accuracy, base against adapter"
     )
@@ -101,9 +110,7 @@ def _load(name: str, recipe: Recipe | None, console: Console) -> Base:
     import torch
 
     from training.base import load_base
-    from training.memory import keep_freed_memory
 
-    keep_freed_memory()
     if recipe and recipe.threads:
         torch.set_num_threads(recipe.threads)
     device, packing = (recipe.device, recipe.data.packing) if recipe else ("auto", True)
@@ -175,6 +182,33 @@ class _Bar:
             print(file=sys.stderr)
 
 
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def _data(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], int]:
+    from training.mix import Mix
+    from training.report import data_table, shown_samples
+
+    recipe = read_recipe(options.recipe)
+    mix = Mix(recipe, _tokenizer(recipe.base, console))
+    console.note("Counting the tokens of every row.", "正在统计每条数据的词元数。")
+    rows = mix.census()
+    console.line(data_table(rows))
+    samples = shown_samples(mix, options.show)
+    for sample in samples:
+        console.line(f"\n[{sample['stream']} | {sample['source']} | {sample['tokens']}]\n{sample['marked']}")
+    return {"recipe": recipe.name, "streams": rows, "samples": samples}, 0
+
+
+def _tokenizer(base: str, console: Console) -> ChatTokenizer:
+    """The base's tokenizer, without its weights in memory."""
+    from ming_app.models.catalog import find_model
+    from ming_app.models.fetch import fetch
+    from training.chat import ChatTokenizer
+
+    return ChatTokenizer.from_folder(fetch(find_model(base), Settings.load({"adapter": "none"}), console.progress).home)
+
+
 # -- evaluate ----------------------------------------------------------------------------------------------------------
 
 
@@ -225,9 +259,6 @@ def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, 
 def _evaluate_served(name: str, recipe: Recipe | None, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Letter accuracy in every precision asked for: {"exam": {file: {"base 4bit": ..., "adapter 4bit": ...}}}."""
     from ming_app.engine.engine import Engine
-    from ming_app.models.catalog import find_model
-    from ming_app.models.fetch import fetch
-    from training.chat import ChatTokenizer
     from training.evaluate import score_letters_served
 
     if not options.exam:
@@ -236,8 +267,7 @@ def _evaluate_served(name: str, recipe: Recipe | None, options: argparse.Namespa
     if options.skip_base or not options.adapter:
         del adapters["base" if options.adapter else "adapter"]
     result: dict[str, Any] = {"base": name, "adapter": options.adapter, "exam": {}}
-    home = fetch(find_model(name), Settings.load({"adapter": "none"}), console.progress).home
-    tokenizer = ChatTokenizer.from_folder(home)
+    tokenizer = _tokenizer(name, console)
     for precision in options.served:
         for what, adapter in adapters.items():
             settings = Settings.load({"model": name, "adapter": adapter, "precision": precision})

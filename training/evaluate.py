@@ -20,8 +20,8 @@ import torch
 from ming_app.engine.types import Backend
 from ming_app.molora.inject import InjectedModel
 from training.chat import ChatTokenizer, Encoded, Turn
-from training.data import ANSWER_PREFIX, ASK_LETTER, LETTER_JOIN, Question, exam_prompt, read_questions
 from training.errors import DataError
+from training.exam import ANSWER_PREFIX, ASK_LETTER, LETTER_JOIN, Question, exam_prompt, read_questions
 from training.losses import head_cross_entropy, router_loss
 from training.packing import Batch, Sample, pack
 from training.step import hidden_states, packed

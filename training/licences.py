@@ -45,11 +45,12 @@ def _table() -> dict[str, _Entry]:
     return entries
 
 
-def licence_of(source: str, tags: Mapping[str, Any] | None = None) -> Licence:
-    """Licence of a row by its source and exam-bank tags. Unknown sources state none."""
+def licence_of(source: str, tags: Mapping[str, Any] | None = None, stated: str = "") -> Licence:
+    """Licence of a row by its source and exam-bank tags. A source that the table does not know has the licence `stated`
+    by the recipe (for open use), or none."""
     entry = _table().get(source)
     if entry is None:
-        return Licence()
+        return Licence(stated, "open" if stated else "", "as stated in the recipe" if stated else "unknown")
     for wanted, licence in entry.parts:
         if tags and all(tags.get(key) == value for key, value in wanted.items()):
             return licence

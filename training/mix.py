@@ -11,17 +11,20 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from training.chat import ChatTokenizer, Turn
-from training.data import ChatRow, Damage, Question, letter_row, read_chats, read_questions, reasoning_row
+from training.chat import ChatTokenizer
 from training.errors import DataError
+from training.exam import Question, letter_row, read_questions, reasoning_row
+from training.leaks import LeakIndex
 from training.licences import Licence, licence_of, needs_tags
 from training.packing import Batch, Sample, pack
-from training.recipe import Recipe, Stream
+from training.readers import ChatRow, read_chats
+from training.recipe import EXAM_FORMATS, Recipe, Stream
+from training.records import Damage
 
 
 @dataclass
@@ -33,6 +36,7 @@ class StreamRows:
     held_out: list[ChatRow | Question] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     sources: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
     licences: dict[str, Licence] = field(default_factory=dict)
     damage: Damage = field(default_factory=Damage)
 
@@ -44,6 +48,8 @@ class StreamRows:
             "held_out": len(self.held_out),
             "dropped": dict(self.dropped),
             "broken_lines": self.damage.count,
+            "broken": self.damage.first,
+            "languages": dict(self.languages),
             "sources": {
                 name: {"rows": count, "licence": self.licences[name].licence, "origin": self.licences[name].origin}
                 for name, count in self.sources.most_common()
@@ -51,38 +57,52 @@ class StreamRows:
         }
 
 
-def read_stream(recipe: Recipe, stream: Stream) -> StreamRows:
-    """Reads a stream and filters it by source, licence, cap and held-out share; lengths are looked at when drawn."""
+def read_stream(recipe: Recipe, stream: Stream, leaks: LeakIndex | None = None) -> StreamRows:
+    """Reads a stream and filters it by source, language, licence, leaks, held-out share and cap; lengths are looked at when
+    drawn. Raises DataError when nothing is left."""
     result = StreamRows(stream)
     tags = _bank_tags(recipe, stream)
     damage = result.damage if recipe.data.broken_lines == "skip" else None
-    reader = read_chats if stream.format == "chat" else read_questions
-    for row in reader(recipe.data_path(stream.file), damage):
-        if stream.sources and row.source not in stream.sources:
-            result.dropped["source not asked for"] += 1
-            continue
+    path = recipe.data_path(stream.file)
+    exam = stream.format in EXAM_FORMATS
+    for row in read_questions(path, damage) if exam else read_chats(path, damage, stream.format):
+        source = row.source or stream.source or stream.name
         row_tags = row.tags or tags.get(row.id, {})
-        licence = licence_of(row.source, row_tags)
-        if recipe.data.licences != "any" and needs_tags(row.source) and not row_tags:
-            result.dropped["licence unclear without bank tags"] += 1
-        elif not licence.passes(recipe.data.licences):
-            result.dropped["licence"] += 1
-        elif stream.format == "exam_reasoning" and not row.explanation:  # type: ignore[union-attr]  # a Question
-            result.dropped["no explanation"] += 1
+        licence = licence_of(source, row_tags, stream.licence)
+        reason = _unwanted(recipe, stream, row, source)
+        if not reason and recipe.data.licences != "any" and needs_tags(source) and not row_tags:
+            reason = "licence unclear without bank tags"
+        elif not reason and not licence.passes(recipe.data.licences):
+            reason = "licence"
+        elif not reason and leaks is not None and leaks.find(row):
+            reason = "in an evaluation file"
+        if reason:
+            result.dropped[reason] += 1
         elif is_held_out(row.id, recipe.data.held_out):
-            result.held_out.append(row)
+            result.held_out.append(replace(row, source=source))
         else:
-            result.rows.append(row)
-            result.licences[row.source] = licence
+            result.rows.append(replace(row, source=source))
+            result.licences[source] = licence
     result.rows = _capped(result.rows, stream.cap, result.dropped)
     result.held_out.sort(key=lambda row: _hash(row.id))
     result.sources.update(row.source for row in result.rows)
+    result.languages.update(row.lang for row in result.rows)
     if not result.rows:
         raise DataError(
             f"Stream {stream.name} has no rows left after filtering ({dict(result.dropped)}).",
             f"数据流 {stream.name} 过滤后没有剩余的数据（{dict(result.dropped)}）。",
         )
     return result
+
+
+def _unwanted(recipe: Recipe, stream: Stream, row: ChatRow | Question, source: str) -> str:
+    if stream.sources and source not in stream.sources:
+        return "source not asked for"
+    if recipe.data.languages and row.lang not in recipe.data.languages:
+        return "language"
+    if stream.format == "exam_reasoning" and not row.explanation:  # type: ignore[union-attr]  # a Question
+        return "no explanation"
+    return ""
 
 
 def is_held_out(row_id: str, share: float) -> bool:
@@ -119,7 +139,8 @@ class Mix:
     def __init__(self, recipe: Recipe, tokenizer: ChatTokenizer):
         self.recipe = recipe
         self.tokenizer = tokenizer
-        self.streams = [read_stream(recipe, stream) for stream in recipe.stream]
+        leaks = LeakIndex.of_files(recipe.data_path(name) for name in recipe.data.evaluation)
+        self.streams = [read_stream(recipe, stream, leaks) for stream in recipe.stream]
         self._counts = _block_counts([s.stream.weight for s in self.streams], recipe.data.block)
 
     def summary(self) -> list[dict[str, Any]]:
@@ -145,6 +166,36 @@ class Mix:
                 entry["rows"] += 1
                 entry["tokens"] += len(sample.encoded)
         return table
+
+    def census(self) -> list[dict[str, Any]]:
+        """`summary` with the tokens of one pass over each stream, answer tokens among them, its share of the rows and
+        tokens of the mix, and rows that are too long."""
+        table = []
+        for rows, count in zip(self.streams, self._counts, strict=True):
+            samples = [self._encode(rows.stream, row, f"census {row.id}") for row in rows.rows]
+            kept = [sample for sample in samples if sample is not None]
+            entry = rows.summary()
+            if len(kept) < len(samples):
+                entry["dropped"]["too long"] = len(samples) - len(kept)
+            entry["rows"] = len(kept)
+            entry["tokens"] = sum(len(sample.encoded) for sample in kept)
+            entry["answer_tokens"] = sum(int(sample.encoded.mask.sum()) for sample in kept)
+            entry["share_of_rows"] = count * len(kept) / len(samples)
+            entry["share_of_tokens"] = count * entry["tokens"] / len(samples)
+            table.append(entry)
+        for share in ("share_of_rows", "share_of_tokens"):
+            total = sum(entry[share] for entry in table) or 1.0
+            for entry in table:
+                entry[share] /= total
+        return table
+
+    def first_samples(self, count: int) -> list[Sample]:
+        """Samples in the order of training, `count` of them."""
+        batches = self.batches(0)
+        samples: list[Sample] = []
+        while len(samples) < count:
+            samples += next(batches)[2].samples
+        return samples[:count]
 
     def held_out(self) -> dict[str, list[Sample]]:
         """The held-out samples of each stream, short enough, at most `held_out_rows` each; always the same."""
@@ -183,7 +234,8 @@ class Mix:
         limit = stream.max_length or self.recipe.data.max_length
         if sum(len(turn.content) for turn in row.turns) > 8 * limit:
             return None
-        encoded = self.tokenizer.encode_chat([Turn(t.role, t.content) for t in row.turns], self.recipe.data.system)
+        system = self.recipe.data.system if row.system is None else row.system
+        encoded = self.tokenizer.encode_chat(row.turns, system)
         return Sample(encoded, stream.name, row.source, stream.loss_weight) if len(encoded) <= limit else None
 
 

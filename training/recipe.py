@@ -17,11 +17,13 @@ from typing import Any
 
 from ming_app.errors import MingError
 from ming_app.molora.config import MoLoRAConfig
+from training import readers
 from training.chat import DEFAULT_SYSTEM
 from training.errors import RecipeError
 from training.licences import FILTERS
 
-FORMATS = ("chat", "exam_letter", "exam_reasoning")
+EXAM_FORMATS = ("exam_letter", "exam_reasoning")
+FORMATS = (*readers.FORMATS, *EXAM_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,12 @@ class Stream:
     weight: float
     """share of rows in every block of the mix, relative to the other streams"""
     format: str = "chat"
-    """chat, or a bank of exam questions asked for the letter (options shuffled) or for reasoning, then letter"""
+    """chat, conversations, sharegpt or alpaca (readers.py), or a bank of exam questions asked for the letter
+    (exam_letter; options in a new order at every pass) or for reasoning, then letter (exam_reasoning)"""
+    source: str = ""
+    """source of rows that name none"""
+    licence: str = ""
+    """licence of sources that licences.toml does not know, as their repository states it"""
     bank: str = ""
     """exam bank with the same ids, whose tags tell rows of one source but different licences apart"""
     sources: tuple[str, ...] = ()
@@ -65,6 +72,10 @@ class Data:
     system: str = DEFAULT_SYSTEM
     licences: str = "stated"
     """any, stated or open (see licences.py)"""
+    languages: tuple[str, ...] = ()
+    """use only rows in these languages; empty: all"""
+    evaluation: tuple[str, ...] = ()
+    """files whose questions must not be trained on, under any id (see leaks.py): rows that give one away are dropped"""
     held_out: float = 0.03
     """share of every stream kept from training, chosen by hash of the row id: the same question in two streams stays
     out of both"""

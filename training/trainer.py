@@ -28,6 +28,7 @@ from training.errors import TrainingError, not_written
 from training.evaluate import dev_loss
 from training.export import run_summary
 from training.files import write_text
+from training.memory import FreedMemory
 from training.mix import Mix
 from training.packing import Batch
 from training.recipe import Recipe
@@ -79,6 +80,7 @@ class Trainer:
         if resume:
             self._resume()
         self._stop = False
+        self._memory = FreedMemory() if base.device.type == "cpu" else None
         self._last_save = self._last_eval = self.progress.active_seconds
         self._loads: list[Tensor] = []
 
@@ -175,6 +177,8 @@ class Trainer:
             self._checkpoint()
         if save.eval_every_minutes and now - self._last_eval >= 60 * save.eval_every_minutes:
             self._evaluate()
+        if self._memory:
+            self._memory.after_step()
         clock.lap()  # saving and measuring are not training
 
     # -- checkpoints, measurements ---------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from conftest import chat, question, write_lines
 from tiny import tokenizer_json
 
 from training.chat import ChatTokenizer
-from training.data import Damage, letter_row, read_chats, read_questions, reasoning_row, shuffle_options
 from training.errors import DataError
+from training.exam import letter_row, read_questions, reasoning_row, shuffle_options
 from training.licences import licence_of
 from training.mix import Mix, is_held_out, read_stream
+from training.readers import read_chats
 from training.recipe import read_recipe
+from training.records import Damage
 
 
 @pytest.fixture(scope="module")

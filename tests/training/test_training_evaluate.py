@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from ming_app.engine.types import Backend
 from ming_app.settings import Settings
 from training.base import Base, load_base
 from training.cli import main
-from training.data import read_questions
 from training.evaluate import (
     letter_accuracy,
     letter_task,
@@ -25,6 +25,7 @@ from training.evaluate import (
     score_letters_served,
     wilson,
 )
+from training.exam import read_questions
 
 
 @pytest.fixture
@@ -152,6 +153,25 @@ def test_train_evaluate_export(write_recipe, base: Base, corpus: Path, capsys: p
     (corpus / "eval.json").write_text(json.dumps({**result, "fingerprint": "0" * 64}))
     code, failure = run(capsys, *words, "--json")
     assert code == 2 and "another base" in failure["error"]["en"]
+
+
+def test_data_shows_the_mix_and_what_is_learnt(
+    write_recipe, base: Base, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(write_recipe())
+    assert main(["data", "--recipe", recipe, "--show", "3", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    streams = {row["stream"]: row for row in result["streams"]}
+    assert streams["qa"]["rows"] + streams["qa"]["held_out"] == 40 and streams["qa"]["languages"].keys() == {"en"}
+    assert streams["qa"]["sources"]["MedQuAD"]["licence"] == "CC BY 4.0"
+    assert sum(row["share_of_tokens"] for row in result["streams"]) == pytest.approx(1)
+    sample = next(sample for sample in result["samples"])
+    before, learnt, after = re.split("[⟦⟧]", sample["marked"])
+    assert before.endswith("<|im_start|>assistant\n") and learnt.endswith("<|im_end|>") and after == ""
+    assert sample["learnt"] == len(base.tokenizer.encode_text(learnt.removesuffix("<|im_end|>"))) + 1
+    assert main(["data", "--recipe", recipe]) == 0
+    shown = capsys.readouterr().out
+    assert "| qa | en |" in shown and "CC BY 4.0" in shown
 
 
 def test_exit_codes(write_recipe, base: Base, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:

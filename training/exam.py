@@ -1,36 +1,20 @@
-"""Reads training and evaluation rows from JSON lines, plain or gzip: chats, and exam questions in the bank format.
+"""Exam questions: read from banks (JSON lines), and made into chats: the letter only, or reasoning, then the letter.
 
-Streaming, one line in memory at a time. A broken line raises DataError with file and line number, or is counted and
-skipped, as the caller wishes. Exam questions become chats here: `exam_turns` (letter only, or reasoning then letter).
+{"id", "lang", "source", "stem", "options": {"A": ...}, "answer": ["B"], "explanation", "tags"}
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from training.chat import Turn
-from training.errors import DataError
-
-MAX_LINE_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class ChatRow:
-    """One conversation; turns alternate, first user, last assistant."""
-
-    id: str
-    source: str
-    lang: str
-    turns: tuple[Turn, ...]
-    tags: Mapping[str, Any] = field(default_factory=dict)
+from training.readers import ChatRow
+from training.records import Damage, read_rows, text_of
 
 
 @dataclass(frozen=True)
@@ -51,64 +35,13 @@ class Question:
         return len(self.answer) > 1
 
 
-@dataclass
-class Damage:
-    """Lines that could not be used: how many, and the first few as `file:line: reason`."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, where: str) -> None:
-        self.count += 1
-        if len(self.first) < 5:
-            self.first.append(where)
-
-
-def read_chats(path: str | Path, damage: Damage | None = None) -> Iterator[ChatRow]:
-    """Rows {"id", "source", "lang", "messages": [{"role", "content"}]}. With `damage`, broken lines are skipped."""
-    return _read(Path(path), _chat_row, damage)
-
-
 def read_questions(path: str | Path, damage: Damage | None = None) -> Iterator[Question]:
-    """Rows {"id", "lang", "source", "stem", "options", "answer", "explanation", "tags"}."""
-    return _read(Path(path), _question, damage)
+    """Questions of a bank. With `damage`, broken lines are skipped and counted; else DataError names the first."""
+    return read_rows(path, _question, damage)
 
 
-def _read(path: Path, parse: Any, damage: Damage | None) -> Iterator[Any]:
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
-            number = 0
-            while line := lines.readline(MAX_LINE_BYTES):
-                number += 1
-                if not line.strip():
-                    continue
-                try:
-                    row = parse(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    where = f"{path.name}:{number}: {type(error).__name__}: {str(error)[:120]}"
-                    if damage is None:
-                        raise DataError(
-                            f"A line cannot be used: {where}. Correct it, or allow broken lines in the recipe.",
-                            f"有一行无法使用：{where}。请修正该行，或在配方中允许跳过坏行。",
-                        ) from error
-                    damage.add(where)
-                    continue
-                yield row
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{path} cannot be read: {reason}.", f"无法读取 {path}：{reason}。") from error
-
-
-def _chat_row(row: dict[str, Any]) -> ChatRow:
-    turns = tuple(Turn(m["role"], _text(m["content"])) for m in row["messages"])
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or [t.role for t in turns] != expected:
-        raise ValueError("turns must alternate, first user, last assistant")
-    return ChatRow(_text(row["id"]), _text(row.get("source", "")), _text(row.get("lang", "")), turns)
-
-
-def _question(row: dict[str, Any]) -> Question:
-    options = {_text(letter): _text(text) for letter, text in row["options"].items()}
+def _question(row: dict[str, Any], _where: str) -> Question:
+    options = {text_of(letter): text_of(text) for letter, text in row["options"].items()}
     if list(options) != [chr(ord("A") + i) for i in range(len(options))] or not 2 <= len(options) <= 26:
         raise ValueError("options must be lettered A, B, C, ... in order")
     answer = tuple(sorted(row["answer"]))
@@ -118,19 +51,18 @@ def _question(row: dict[str, Any]) -> Question:
     if not isinstance(tags, dict):
         raise TypeError("tags must be an object")
     explanation = row.get("explanation") or ""
-    lang = _text(row.get("lang", ""))
+    lang = text_of(row.get("lang", ""))
     return Question(
-        _text(row["id"]), _text(row.get("source", "")), lang, _text(row["stem"]), options, answer, explanation, tags
+        text_of(row["id"]),
+        text_of(row.get("source", "")),
+        lang,
+        text_of(row["stem"]),
+        options,
+        answer,
+        explanation,
+        tags,
     )
 
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"text expected, found {type(value).__name__}")
-    return value
-
-
-# -- exam questions as chats ------------------------------------------------------------------------------------------
 
 ANSWER_PREFIX = {"zh": "答案：", "en": "Answer:"}
 """What the answer starts with; the letter follows, in English after a space (" C" is one token, a bare "C" is not)."""
