@@ -70,7 +70,7 @@ def verify(
     _exists(Path(adapter), "adapter", "适配器")
     with open_tensors(Path(base)) as source:
         config = dict(source.config)
-    loaded = load_torch_model(Path(base), load_adapter(adapter, base_config=config), precision="float32")
+    loaded = load_torch_model(Path(base), load_adapter(adapter, base_config=config).padded(), precision="float32")
     longest = int(config.get("max_position_embeddings") or 1 << 20)
     backend = TorchBackend(loaded, max_context=longest)
     values = check_expected(tensors, backend, longest)

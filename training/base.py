@@ -1,7 +1,7 @@
-"""The frozen base a run trains on: a transformers causal language model in bf16, its tokenizer and its fingerprint.
+"""The frozen base a run trains on: a transformers causal language model, its tokenizer and its fingerprint.
 
-Never packed to 4 bits on a CPU (that silently stops gradients). From a local folder with safetensors, or through
-`ming_app.models`: catalogue name -> fetched file -> tensors one at a time.
+In float32, bf16, or quantised by bitsandbytes (nf4, int8: QLoRA, arXiv 2305.14314). From a local folder with safetensors,
+or through `ming_app.models`: catalogue name -> fetched file -> tensors one at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Base:
-    """`fingerprint` is the SHA-256 of the base file; `model` is in eval mode with frozen parameters."""
+    """`fingerprint` is the SHA-256 of the base file; `model` is in eval mode (see `set_training`) with frozen parameters."""
 
     name: str
     title: str
@@ -51,7 +51,7 @@ def pick_device(wanted: str) -> torch.device:
 def load_base(
     name: str,
     device: str = "auto",
-    dtype: torch.dtype = torch.bfloat16,
+    precision: str = "bf16",
     progress: ProgressCallback | None = None,
     *,
     packing: bool = True,
@@ -66,13 +66,25 @@ def load_base(
     # the bare base: the catalogue's adapter, if any, is what training is about to make
     local = fetch(find_model(name), Settings.load({"adapter": "none"}), progress)
     where = pick_device(device)
-    precision = {torch.bfloat16: "bf16", torch.float32: "float32"}[dtype]
     attention.register()
     kind = attention.NAME if packing else "sdpa"
     loaded = load_torch_model(local, None, precision, str(where), progress, attention=kind)
     model = loaded.model.requires_grad_(False)
+    set_training(model, False)
     tokenizer = ChatTokenizer.from_folder(local.home)
     return Base(local.name, _base_title(local.title), local.fingerprint, model, tokenizer, dict(loaded.config))
+
+
+def set_training(model: Any, on: bool) -> None:
+    """`model.train(on)`, but 4-bit linears stay in training mode, in which they compute the same.
+
+    In eval mode bitsandbytes repacks their weights in place for a CPU's inference kernel at the first call, and from then
+    on a training forward has no gradient, silently: one dev evaluation would end all learning.
+    """
+    model.train(on)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
 
 
 def _base_title(title: str) -> str:

@@ -113,8 +113,9 @@ def _load(name: str, recipe: Recipe | None, console: Console) -> Base:
 
     if recipe and recipe.threads:
         torch.set_num_threads(recipe.threads)
-    device, packing = (recipe.device, recipe.data.packing) if recipe else ("auto", True)
-    return load_base(name, device, progress=console.progress, packing=packing)
+    if not recipe:
+        return load_base(name, progress=console.progress)
+    return load_base(name, recipe.device, recipe.precision, console.progress, packing=recipe.data.packing)
 
 
 # -- train -------------------------------------------------------------------------------------------------------------
@@ -217,6 +218,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, 
     from ming_app.molora.inject import inject_molora, load_into
     from training.evaluate import dev_loss, dev_report, score_letters
     from training.mix import Mix
+    from training.step import Objective
 
     recipe = read_recipe(options.recipe) if options.recipe else None
     name = options.base or (recipe.base if recipe else "")
@@ -227,6 +229,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, 
     if options.served:
         return _evaluate_served(name, recipe, options, console), 0
     base = _load(name, recipe, console)
+    packing = recipe.data.packing if recipe else True
     adapter = (
         load_adapter(options.adapter, base_fingerprint=base.fingerprint, base_config=base.config)
         if options.adapter
@@ -243,14 +246,15 @@ def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, 
     }
     if not (options.skip_base and adapter):
         if samples:
-            result["dev"]["base"] = {"loss": dev_loss(base.model, samples)}
+            result["dev"]["base"] = {"loss": dev_loss(Objective(base.model), samples, packing=packing)}
         _exams(result, "base", scorer, base.tokenizer, options, recipe, console)
     if adapter:
         injected = inject_molora(base.model, adapter.config)
         load_into(injected, adapter)
         if samples:
-            result["dev"]["adapter"] = dev_report(injected, samples)
-        injected.state.collect_logits = False
+            objective = Objective(base.model, injected.state, adapter.config.top_k)
+            report = dev_report(objective, samples, adapter.config, packing=packing)
+            result["dev"]["adapter"] = {**report, "load": {name: x.tolist() for name, x in report["load"].items()}}
         _exams(result, "adapter", scorer, base.tokenizer, options, recipe, console)
     console.line(json.dumps(_without_tables(result), indent=1, ensure_ascii=False))
     return result, 0

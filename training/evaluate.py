@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from ming_app.engine.types import Backend
-from ming_app.molora.inject import InjectedModel
+from ming_app.molora.config import MoLoRAConfig
 from training.chat import ChatTokenizer, Encoded, Turn
 from training.errors import DataError
 from training.exam import ANSWER_PREFIX, ASK_LETTER, LETTER_JOIN, Question, exam_prompt, read_questions
-from training.losses import head_cross_entropy, router_loss
+from training.losses import dead_experts
 from training.packing import Batch, Sample, pack
-from training.step import hidden_states, packed
+from training.step import Terms, hidden_states, packed
 
 Tick = Callable[[int, int], None]
 """called with (done, total)"""
@@ -34,56 +34,57 @@ Scorer = Callable[[Sequence["LetterTask"]], list[np.ndarray]]
 
 @torch.no_grad()
 def dev_loss(
-    model: Any,
+    objective: Callable[[Batch], Terms],
     samples: Mapping[str, Sequence[Sample]],
     batch_tokens: int = 1024,
-    observe: Callable[[str, Batch], None] | None = None,
+    *,
+    packing: bool = True,
+    observe: Callable[[str, Batch, Terms], None] | None = None,
 ) -> dict[str, float]:
-    """Mean loss per answer token of each stream, natural log. `model` is a transformers causal LM; `observe` is called
-    with the stream and the batch after each forward."""
-    device = model.lm_head.weight.device
+    """Mean loss per answer token of each stream, natural log, every token weighing 1. `observe` is called with stream,
+    micro-batch and what the objective gave."""
     result = {}
     for name, rows in samples.items():
         total, count = 0.0, 0
-        for batch in pack(rows, batch_tokens, share=packed(model)):
-            hidden = hidden_states(model, batch)
-            learn_at, targets = torch.from_numpy(batch.learn_at).to(device), torch.from_numpy(batch.targets).to(device)
-            total += float(head_cross_entropy(hidden[learn_at], model.lm_head, targets))
-            count += len(targets)
+        for batch in pack([replace(row, loss_weight=1.0) for row in rows], batch_tokens, share=packing):
+            terms = objective(batch)
+            total += float(terms.loss)
+            count += len(batch.targets)
             if observe:
-                observe(name, batch)
+                observe(name, batch, terms)
         result[name] = total / count if count else math.nan
     return result
 
 
 def dev_report(
-    injected: InjectedModel, samples: Mapping[str, Sequence[Sample]], batch_tokens: int = 1024
+    objective: Callable[[Batch], Terms],
+    samples: Mapping[str, Sequence[Sample]],
+    config: MoLoRAConfig,
+    batch_tokens: int = 1024,
+    *,
+    packing: bool = True,
 ) -> dict[str, Any]:
     """Dev loss per stream of a model that carries an adapter, and the load of its experts.
 
-    {"loss": {stream: float}, "load": {stream: [L][P][E] shares}, "smallest_load", "largest_load", "dead_experts"};
-    an expert is dead when it gets less than 1 % of the choices of its router over all streams.
+    {"loss": {stream: float}, "load": {stream: float32 [L, P, E] shares}, "smallest_load", "largest_load", "dead_experts"}
+    (the last three over all streams; see losses.dead_experts).
     """
-    state = injected.state
     sums: dict[str, torch.Tensor] = {}
     counts: Counter[str] = Counter()
 
-    def observe(stream: str, batch: Batch) -> None:
-        load = router_loss(state.logits, torch.from_numpy(batch.real), injected.config.top_k).load.cpu() * batch.tokens
-        sums[stream] = sums.get(stream, torch.zeros(())) + load
-        counts[stream] += batch.tokens
-        state.clear()
+    def observe(stream: str, batch: Batch, terms: Terms) -> None:
+        tokens = int(batch.real.sum())
+        sums[stream] = sums.get(stream, torch.zeros(())) + terms.router.load.cpu() * tokens
+        counts[stream] += tokens
 
-    state.clear()
-    state.collect_logits = True
-    loss = dev_loss(injected.model, samples, batch_tokens, observe)
+    loss = dev_loss(objective, samples, batch_tokens, packing=packing, observe=observe)
     overall = torch.stack(list(sums.values())).sum(0) / counts.total()
     return {
         "loss": loss,
-        "load": {name: (total / counts[name]).tolist() for name, total in sums.items()},
-        "smallest_load": float(overall.min()),
+        "load": {name: total / counts[name] for name, total in sums.items()},
+        "smallest_load": float(overall[overall > 0].min()),
         "largest_load": float(overall.max()),
-        "dead_experts": int((overall < 0.01).sum()),
+        "dead_experts": dead_experts(overall, config),
     }
 
 

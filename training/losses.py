@@ -6,6 +6,7 @@ The head is frozen, so its loss and the gradient for the hidden states come from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ming_app.molora.config import MoLoRAConfig
 
 HEAD_CHUNK = 256  # positions per pass: 256 x 151,936 bf16 logits are 78 MB
 
@@ -60,6 +63,9 @@ def head_cross_entropy(hidden: Tensor, head: torch.nn.Linear, targets: Tensor, w
     return FrozenHeadCrossEntropy.apply(hidden, head.weight.detach(), targets, values)
 
 
+DEAD = 0.01  # an expert with a smaller share of its router's choices is dead
+
+
 @dataclass(frozen=True)
 class RouterLoss:
     """Router terms of one forward, averaged over routers, and how the tokens were spread."""
@@ -69,7 +75,8 @@ class RouterLoss:
     z: Tensor
     """mean of logsumexp(logits)^2"""
     load: Tensor
-    """[L, P, E] share of the k T choices that went to each expert; sums to 1"""
+    """[L, P, E] share of the k T choices that went to each expert; sums to 1. Zero beyond the experts of a layer that has
+    fewer than E"""
     entropy: Tensor
     """[L, P] mean entropy of softmax(logits) per token, in units of log E (1 = undecided)"""
 
@@ -78,18 +85,44 @@ def router_loss(logits: Sequence[tuple[int, int, Tensor]], real: Tensor, top_k: 
     """Terms from `RoutingState.logits`: (layer, projection, float32 [..., E] of T tokens); `real` bool [T] leaves padding out.
 
     f_i counts all k choices over k T, so that f sums to 1 as in the Switch paper's k = 1 (arXiv 2101.03961, eq. 4).
+    Layers may differ in E; every router counts alike.
     """
-    layers = 1 + max(layer for layer, _, _ in logits)
-    stacked = torch.stack([row.flatten(0, -2)[real] for _, _, row in logits])  # (R, T, E)
-    order = torch.tensor([layer * 3 + projection for layer, projection, _ in logits]).argsort()
-    stacked = stacked[order.to(stacked.device)]
-    experts = stacked.shape[-1]
-    p = stacked.softmax(-1)
-    chosen = stacked.detach().topk(top_k, dim=-1).indices
-    share = F.one_hot(chosen, experts).sum(-2).float().mean(1) / top_k  # (R, E)
-    balance = experts * (share * p.mean(1)).sum(-1).mean()
-    z = stacked.logsumexp(-1).square().mean()
-    with torch.no_grad():
-        scale = torch.log(torch.tensor(float(max(experts, 2))))
-        entropy = -(p * p.clamp_min(1e-9).log()).sum(-1).mean(1) / scale
-    return RouterLoss(balance, z, share.view(layers, -1, experts), entropy.view(layers, -1))
+    in_order = sorted(logits, key=lambda item: item[:2])
+    layers, largest = 1 + in_order[-1][0], max(row.shape[-1] for _, _, row in logits)
+    balance, z, load, entropy = [], [], [], []
+    for group in _alike(in_order):  # runs of routers with the same E: usually one
+        stacked = torch.stack([row.flatten(0, -2)[real] for _, _, row in group])  # (R, T, E)
+        experts = stacked.shape[-1]
+        p = stacked.softmax(-1)
+        with torch.no_grad():
+            share = F.one_hot(stacked.topk(top_k, dim=-1).indices, experts).sum(-2).float().mean(1) / top_k  # (R, E)
+            load.append(F.pad(share, (0, largest - experts)))
+            scale = math.log(max(experts, 2))
+            entropy.append(-(p * p.clamp_min(1e-9).log()).sum(-1).mean(1) / scale)
+        balance.append(experts * (share * p.mean(1)).sum(-1))
+        z.append(stacked.logsumexp(-1).square().mean(-1))
+    return RouterLoss(
+        torch.cat(balance).mean(),
+        torch.cat(z).mean(),
+        torch.cat(load).view(layers, -1, largest),
+        torch.cat(entropy).view(layers, -1),
+    )
+
+
+def _alike(rows: Sequence[tuple[int, int, Tensor]]) -> list[list[tuple[int, int, Tensor]]]:
+    groups: list[list[tuple[int, int, Tensor]]] = []
+    for row in rows:
+        if groups and groups[-1][-1][2].shape[-1] == row[2].shape[-1]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def dead_experts(load: Tensor, config: MoLoRAConfig) -> int:
+    """How many experts get less than DEAD of their router's choices; load [L, P, E] as `RouterLoss.load`."""
+    layers, routers, _ = load.shape
+    present = torch.zeros_like(load, dtype=torch.bool)
+    for layer in range(layers):
+        present[layer, :, : config.at(layer, layers).num_experts] = True
+    return int((present & (load < DEAD)).sum())

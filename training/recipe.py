@@ -22,6 +22,9 @@ from training.chat import DEFAULT_SYSTEM
 from training.errors import RecipeError
 from training.licences import FILTERS
 
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+"""tracker -> package it needs"""
+PRECISIONS = ("float32", "bf16", "int8", "nf4")
 EXAM_FORMATS = ("exam_letter", "exam_reasoning")
 FORMATS = (*readers.FORMATS, *EXAM_FORMATS)
 
@@ -129,6 +132,20 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What the experts start from; one of the two, or neither (see start.py)."""
+
+    adapter: str = ""
+    """folder of an adapter of the same configuration"""
+    lora: str = ""
+    """folder of one LoRA that every expert becomes a copy of"""
+
+    def problem(self) -> str:
+        """What is wrong with the values, or ""."""
+        return "name an adapter or a lora, not both" if self.adapter and self.lora else ""
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW with linear warm-up and cosine."""
 
@@ -142,6 +159,8 @@ class Optimizer:
     beta2: float = 0.99
     clip: float = 1.0
     """largest gradient norm"""
+    explosion: float = 4.0
+    """a loss of so many times its recent mean stops the run; 0: only one that is not finite does"""
 
     def problem(self) -> str:
         """What is wrong with the values, or ""."""
@@ -150,8 +169,8 @@ class Optimizer:
         if not (0 <= self.warmup < 1 and 0 <= self.final <= 1 and 0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             return "warmup, final, beta1 and beta2 must be between 0 and 1"
         return (
-            "weight_decay must not be negative and clip must be positive"
-            if self.weight_decay < 0 or self.clip <= 0
+            "weight_decay and explosion must not be negative, clip must be positive"
+            if self.weight_decay < 0 or self.clip <= 0 or self.explosion < 0
             else ""
         )
 
@@ -177,9 +196,15 @@ class Saving:
     """0: by minutes only"""
     eval_every_minutes: float = 0.0
     """0: at the end only"""
+    best_by: tuple[str, ...] = ()
+    """streams whose mean dev loss decides which adapter is kept as the best; empty: all"""
+    trackers: tuple[str, ...] = ()
+    """tensorboard, wandb: besides metrics.jsonl"""
 
     def problem(self) -> str:
         """What is wrong with the values, or ""."""
+        if not set(self.trackers) <= set(TRACKERS):
+            return f"trackers must be among {', '.join(TRACKERS)}"
         return (
             "values must not be negative"
             if min(self.every_minutes, self.every_steps, self.eval_every_minutes) < 0
@@ -199,8 +224,13 @@ class Recipe:
     adapter: MoLoRAConfig = field(default_factory=MoLoRAConfig)
     optimizer: Optimizer = field(default_factory=Optimizer)
     router: RouterTerms = field(default_factory=RouterTerms)
+    start: Start = field(default_factory=Start)
     save: Saving = field(default_factory=Saving)
     seed: int = 1
+    precision: str = "bf16"
+    """of the frozen base: float32, bf16, or int8 and nf4 by bitsandbytes (QLoRA)"""
+    gradient_checkpointing: bool = False
+    """forget activations inside each layer and compute them anew in the backward pass: less memory, a third more time"""
     device: str = "auto"
     """auto, cpu or cuda"""
     threads: int = 0
@@ -227,7 +257,7 @@ class Recipe:
         """SHA-256 of all that decides which losses a run gives; budget limits, saving, device and threads may change
         between a run and its resumption."""
         values = self.to_dict()
-        for free in ("save", "device", "threads"):
+        for free in ("save", "device", "threads", "gradient_checkpointing"):
             values.pop(free)
         for limit in ("steps", "tokens", "max_minutes"):
             values["budget"].pop(limit)
@@ -254,6 +284,11 @@ def read_recipe(path: str | Path) -> Recipe:
         raise _wrong("stream", "at least one is needed, and names must differ")
     if recipe.device not in ("auto", "cpu", "cuda"):
         raise _wrong("device", "must be auto, cpu or cuda")
+    if recipe.precision not in PRECISIONS:
+        raise _wrong("precision", f"must be one of {', '.join(PRECISIONS)}")
+    unknown = sorted(set(recipe.save.best_by) - set(names))
+    if unknown:
+        raise _wrong("save.best_by", f"names no stream: {', '.join(unknown)}")
     return Recipe(**{**_shallow(recipe), "folder": path.resolve().parent})
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.errors import TrainingError
+from training.processes import fill, whole
 from training.schedule import Progress
 
 KEEP = 2
@@ -37,17 +38,26 @@ class RunState:
     progress: Progress
     recipe_identity: str
     base_fingerprint: str
+    best: float | None = None
+    """smallest dev score so far"""
 
 
-def save_state(run: Path, parameters: list[nn.Parameter], optimizer: torch.optim.AdamW, state: RunState) -> Path:
-    """Writes `checkpoints/step-N` atomically and removes all but the newest KEEP. Raises TrainingError on a full disk."""
+def save_state(
+    run: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, state: RunState, *, write: bool = True
+) -> Path:
+    """Writes `checkpoints/step-N` atomically and removes all but the newest KEEP. Raises TrainingError on a full disk.
+
+    Every process of a run must call it, for what each holds a slice of; only the one that is to `write` does.
+    """
     folder = run / "checkpoints" / f"step-{state.progress.step:06d}"
     partial = folder.with_name(folder.name + ".partial")
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for i, parameter in enumerate(parameters):
-        tensors[f"p{i}.value"] = parameter.detach().cpu().contiguous()
+        tensors[f"p{i}.value"] = whole(parameter)
         for name, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"p{i}.{name}"] = value.detach().cpu().contiguous()
+            tensors[f"p{i}.{name}"] = whole(value)
+    if not write:
+        return folder
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -57,6 +67,7 @@ def save_state(run: Path, parameters: list[nn.Parameter], optimizer: torch.optim
             "progress": state.progress.to_dict(),
             "recipe_identity": state.recipe_identity,
             "base_fingerprint": state.base_fingerprint,
+            "best": state.best,
             "sha256": _sha256(partial / "state.safetensors"),
         }
         (partial / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -79,7 +90,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial")
 
 
-def load_state(run: Path, parameters: list[nn.Parameter], optimizer: torch.optim.AdamW | None = None) -> RunState:
+def load_state(run: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer | None = None) -> RunState:
     """Restores the newest checkpoint that is whole, in place (the global torch RNG too, when `optimizer` is given).
 
     Raises TrainingError when there is none, or when it holds other tensors than the model.
@@ -89,8 +100,9 @@ def load_state(run: Path, parameters: list[nn.Parameter], optimizer: torch.optim
         if read is not None:
             described, tensors = read
             _restore(folder, parameters, optimizer, tensors)
+            progress = Progress(**described["progress"])
             return RunState(
-                Progress(**described["progress"]), described["recipe_identity"], described["base_fingerprint"]
+                progress, described["recipe_identity"], described["base_fingerprint"], described.get("best")
             )
     raise TrainingError(f"There is no usable checkpoint in {run}.", f"{run} 中没有可用的检查点。")
 
@@ -107,7 +119,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
 
 
 def _restore(
-    folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.AdamW | None, tensors: dict[str, Tensor]
+    folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer | None, tensors: dict[str, Tensor]
 ) -> None:
     shapes = [tuple(tensors[f"p{i}.value"].shape) if f"p{i}.value" in tensors else None for i in range(len(parameters))]
     if shapes != [tuple(p.shape) for p in parameters] or f"p{len(parameters)}.value" in tensors:
@@ -115,18 +127,19 @@ def _restore(
             f"{folder} was made for another model or another adapter configuration.",
             f"{folder} 属于另一个模型或另一种适配器配置。",
         )
-    with torch.no_grad():
-        for i, parameter in enumerate(parameters):
-            parameter.copy_(tensors[f"p{i}.value"])
+    for i, parameter in enumerate(parameters):
+        fill(parameter, tensors[f"p{i}.value"])
     if optimizer is None:
         return
     torch.set_rng_state(tensors["rng"])
     for i, parameter in enumerate(parameters):
-        moments = {n: tensors[f"p{i}.{n}"] for n in ("step", "exp_avg", "exp_avg_sq") if f"p{i}.{n}" in tensors}
-        if moments:
-            optimizer.state[parameter] = {
-                name: value.clone() if name == "step" else value.to(parameter.device) for name, value in moments.items()
-            }
+        if f"p{i}.exp_avg" not in tensors:
+            continue
+        moments = {"step": tensors[f"p{i}.step"].clone()}
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.zeros_like(parameter)
+            fill(moments[name], tensors[f"p{i}.{name}"])
+        optimizer.state[parameter] = moments
 
 
 def _sha256(path: Path) -> str:

@@ -6,25 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ming_app.molora.layer import RoutingState
 from training.attention import NAME
-from training.losses import RouterLoss, head_cross_entropy, router_loss
+from training.losses import head_cross_entropy, router_loss
 from training.packing import Batch
 
 
-@dataclass(frozen=True)
-class Terms:
-    """Scalars with their graph, and the router's record."""
+class Terms(NamedTuple):
+    """Scalars with their graph, and the router's record; a tuple, for wrappers look for tensors in what a forward gives."""
 
     loss: Tensor
     """weighted sum of token losses"""
-    router: RouterLoss | None
+    router: Any
+    """RouterLoss; None for a bare base"""
 
 
 class Objective(nn.Module):

@@ -23,20 +23,25 @@ from torch import Tensor
 
 from ming_app.molora.checkpoint import Adapter, save_adapter
 from ming_app.molora.inject import InjectedModel, extract, inject_molora
-from training.base import Base
+from training.base import Base, set_training
 from training.errors import TrainingError, not_written
-from training.evaluate import dev_loss
+from training.evaluate import dev_report
 from training.export import run_summary
 from training.files import write_text
+from training.losses import dead_experts
 from training.memory import FreedMemory
 from training.mix import Mix
 from training.packing import Batch
+from training.processes import Processes, make_accelerator, whole
 from training.recipe import Recipe
 from training.schedule import ActiveClock, Progress, learning_rate
+from training.start import upcycle, warm_start
 from training.state import RunState, checkpoints, load_state, save_state
 from training.step import Objective
 
-LOAD_EVERY = 10  # steps between records of the expert load (a table of layers x projections x experts)
+ROUTERS_EVERY = 10  # steps between records of the routers (tables of layers x projections x experts)
+MEMORY = 0.95  # weight of the past in the running mean that a loss is held against
+SETTLED = 20  # steps before that mean means something
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -56,7 +61,16 @@ class Outcome:
 class Trainer:
     """One run. Make it, then call `run()` once."""
 
-    def __init__(self, recipe: Recipe, base: Base, run: Path, *, resume: bool = False, report: Report | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: Base,
+        run: Path,
+        *,
+        resume: bool = False,
+        report: Report | None = None,
+        processes: Processes | None = None,
+    ):
         """Raises TrainingError when `run` holds checkpoints already and `resume` is not asked for, or when `resume` finds
         none or another recipe's."""
         if checkpoints(run) and not resume:
@@ -66,46 +80,65 @@ class Trainer:
             )
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        torch.manual_seed(recipe.seed)
         self.recipe, self.base, self.folder, self.report = recipe, base, run, report
+        self.processes = processes or Processes(make_accelerator(base.device.type, recipe.save.trackers, str(run)))
+        torch.manual_seed(recipe.seed)
         self.mix = Mix(recipe, base.tokenizer)
         self.injected: InjectedModel = inject_molora(base.model, recipe.adapter)
-        self.objective = Objective(base.model, self.injected.state, recipe.adapter.top_k)
-        self.parameters = self.injected.adapter_parameters()
+        if not resume:
+            self._start()
+        if recipe.gradient_checkpointing:
+            base.model.gradient_checkpointing_enable({"use_reentrant": False})
         o = recipe.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, foreach=True
+        self.objective, self.optimizer = self.processes.prepare(
+            Objective(base.model, self.injected.state, recipe.adapter.top_k),
+            torch.optim.AdamW(
+                self.injected.adapter_parameters(), lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay
+            ),
         )
+        self.parameters = self.injected.adapter_parameters()  # again: sharding puts others in their places
         self.progress = Progress()
+        self.best: float | None = None
         if resume:
             self._resume()
         self._stop = False
         self._memory = FreedMemory() if base.device.type == "cpu" else None
         self._last_save = self._last_eval = self.progress.active_seconds
-        self._loads: list[Tensor] = []
+        self._records: list[tuple[Tensor, Tensor]] = []
+        self._usual = 0.0  # running mean of the loss, for `explosion`
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
         """Trains until the budget is used up or a signal arrives."""
-        write_text(self.folder / "recipe.json", json.dumps(self.recipe.to_dict(), indent=1, ensure_ascii=False))
+        if self.processes.main:
+            write_text(self.folder / "recipe.json", json.dumps(self.recipe.to_dict(), indent=1, ensure_ascii=False))
         self._log({"event": "start", "mix": self.mix.summary(), **self.progress.to_dict()})
+        if self.recipe.save.trackers:
+            self.processes.accelerator.init_trackers(self.recipe.name)
         clock = ActiveClock(self.base.device)
         batches = self.mix.batches(self.progress.block, self.progress.batch)
         last: dict[str, Any] = {}
-        self.base.model.train()  # LoRA dropout acts
+        stopped = False
+        set_training(self.base.model, True)  # LoRA dropout acts
         with self._signals():
-            while not self._stop and self.progress.share(self.recipe.budget) < 1:
+            while not stopped and self.progress.share(self.recipe.budget) < 1:
                 last = self._step(batches, clock)
+                stopped = self.processes.any(self._stop)  # one that was told to stop stops all
                 self._between_steps(clock)
         self._checkpoint()
-        if self._stop:
+        if stopped:
             self._log({"event": "interrupted", **self.progress.to_dict()})
             return Outcome("interrupted", self.folder, self.progress, None, last)
         self._evaluate()
-        adapter = save_adapter(self.folder / "adapter", self.adapter())
+        folder = self.folder / "adapter"
+        adapter = self.adapter()
+        if self.processes.main:
+            save_adapter(folder, adapter)
         self._log({"event": "finished", **self.progress.to_dict()})
-        return Outcome("finished", self.folder, self.progress, adapter, last)
+        if self.recipe.save.trackers:
+            self.processes.accelerator.end_training()
+        return Outcome("finished", self.folder, self.progress, folder, last)
 
     def _step(self, batches: Iterator[tuple[int, int, Batch]], clock: ActiveClock) -> dict[str, Any]:
         began, p = time.monotonic(), self.progress
@@ -114,25 +147,19 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         sums = self._accumulate([batch for _, _, batch in taken])
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip))
-        if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
-            self._log({"event": "not finite", "step": p.step + 1, "loss": str(sums["loss"]), "gradient": str(norm)})
-            raise TrainingError(
-                f"Step {p.step + 1} gave loss {sums['loss']} and gradient norm {norm}. The run was stopped; the last good checkpoint "
-                "is kept. Lower the learning rate, then resume in a new run folder.",
-                f"第 {p.step + 1} 步的损失为 {sums['loss']}、梯度范数为 {norm}，训练已停止；最近一次正常的检查点已保留。"
-                "请降低学习率后，在新的文件夹中重新训练。",
-            )
+        norm = self.processes.clip(self.parameters, self.recipe.optimizer.clip)
+        self._refuse_bad_numbers(sums["loss"], norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(batch.tokens for _, _, batch in taken)
         p.step += 1
         p.tokens += tokens
         p.rows += sum(len(batch.samples) for _, _, batch in taken)
-        p.loss_tokens += sums.pop("loss_tokens")
+        p.loss_tokens += sum(len(batch.targets) for _, _, batch in taken)
         p.block, p.batch = taken[-1][0], taken[-1][1] + 1
-        active, wall = clock.lap(), time.monotonic() - began
-        p.active_seconds += active
+        active = torch.tensor([clock.lap() / self.processes.count], dtype=torch.float64)
+        wall = time.monotonic() - began
+        p.active_seconds += float(self.processes.sum(active))  # their mean: all must agree on how far the run is
         p.wall_seconds += wall
         metrics = {
             "step": p.step,
@@ -141,34 +168,63 @@ class Trainer:
             "gradient": norm,
             "tokens": p.tokens,
             "tokens_per_second": tokens / wall,
+            "share": p.share(self.recipe.budget),
+            "active_seconds": p.active_seconds,
         }
-        metrics |= {"share": p.share(self.recipe.budget), "active_seconds": p.active_seconds}
-        if p.step % LOAD_EVERY == 0:
-            load = torch.stack(self._loads).mean(0)
-            self._loads.clear()
-            metrics["expert_load"] = [[[round(x, 4) for x in e] for e in layer] for layer in load.tolist()]
+        if p.step % ROUTERS_EVERY == 0:
+            metrics |= self._routers()
         self._log(metrics)
-        if self.report:
+        if self.recipe.save.trackers:
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+            self.processes.accelerator.log(numbers, step=p.step)
+        if self.report and self.processes.main:
             self.report({**metrics, "seconds_left": p.seconds_left(self.recipe.budget)})
         return metrics
 
     def _accumulate(self, batches: list[Batch]) -> dict[str, Any]:
         """Forward and backward of one step's micro-batches; tokens the loss looks at weigh as their streams say."""
-        looked_at = sum(len(batch.targets) for batch in batches)
         weight = max(sum(float(batch.weights.sum()) for batch in batches), 1e-9)
         read = sum(int(batch.real.sum()) for batch in batches)
-        sums = {"loss": 0.0, "balance": 0.0, "z": 0.0, "router_entropy": 0.0, "loss_tokens": looked_at}
         coefficients = self.recipe.router
-        for batch in batches:
-            terms = self.objective(batch)
-            loss, router, share = terms.loss / weight, terms.router, int(batch.real.sum()) / read
-            (loss + share * (coefficients.balance * router.balance + coefficients.z * router.z)).backward()
-            sums["loss"] += float(loss.detach())
-            sums["balance"] += share * float(router.balance.detach())
-            sums["z"] += share * float(router.z.detach())
-            sums["router_entropy"] += share * float(router.entropy.mean())
-            self._loads.append(router.load.cpu())
-        return sums
+        sums = torch.zeros(4, dtype=torch.float64)
+        mine = self.processes.share(batches)
+        for i, batch in enumerate(mine):
+            share = int(batch.real.sum()) / read
+            with self.processes.gradients(self.objective, last=i == len(mine) - 1):
+                loss, router = self.objective(batch)
+                loss = loss / weight
+                terms = loss + share * (coefficients.balance * router.balance + coefficients.z * router.z)
+                self.processes.backward(terms)
+            entropy = router.entropy.mean()
+            sums += torch.stack([loss, share * router.balance, share * router.z, share * entropy]).detach().cpu()
+            self._records.append((router.load.cpu(), router.entropy.cpu()))
+        return dict(zip(("loss", "balance", "z", "router_entropy"), self.processes.sum(sums).tolist(), strict=True))
+
+    def _refuse_bad_numbers(self, loss: float, norm: float) -> None:
+        """Raises TrainingError for a loss or gradient that is not finite, or a loss far above what it was."""
+        step, explosion = self.progress.step + 1, self.recipe.optimizer.explosion
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite and not (explosion and step > SETTLED and self._usual and loss > explosion * self._usual):
+            self._usual = loss if not self._usual else MEMORY * self._usual + (1 - MEMORY) * loss
+            return
+        event = "exploded" if finite else "not finite"
+        self._log({"event": event, "step": step, "loss": str(loss), "gradient": str(norm), "usual": self._usual})
+        raise TrainingError(
+            f"Step {step} gave loss {loss:.4g} and gradient norm {norm:.4g} (loss before: {self._usual:.4g}). The run was stopped; the "
+            "last good checkpoint is kept. Lower the learning rate, then train anew in another run folder.",
+            f"第 {step} 步的损失为 {loss:.4g}、梯度范数为 {norm:.4g}（此前损失约 {self._usual:.4g}），训练已停止；最近一次正常的检查点已保留。"
+            "请降低学习率后，在新的文件夹中重新训练。",
+        )
+
+    def _routers(self) -> dict[str, Any]:
+        """Load of every expert and entropy of every router since the last record, this process's micro-batches."""
+        load, entropy = (torch.stack(tables).mean(0) for tables in zip(*self._records, strict=True))
+        self._records.clear()
+        return {
+            "expert_load": _rounded(load),
+            "entropy_by_layer": _rounded(entropy),
+            "dead_experts": dead_experts(load, self.recipe.adapter),
+        }
 
     def _between_steps(self, clock: ActiveClock) -> None:
         save, now, step = self.recipe.save, self.progress.active_seconds, self.progress.step
@@ -184,13 +240,21 @@ class Trainer:
     # -- checkpoints, measurements ---------------------------------------------------------------------------------------
 
     def adapter(self) -> Adapter:
-        """The adapter as it is now, with a summary of the run so far."""
-        summary = run_summary(self.mix, self.folder, self.progress.to_dict())
-        return extract(self.injected, base_fingerprint=self.base.fingerprint, summary=summary)
+        """The adapter as it is now, with a summary of the run so far. Every process must ask."""
+        summary = run_summary(self.mix, self.folder, self.progress.to_dict()) if self.processes.main else {}
+        return extract(self.injected, base_fingerprint=self.base.fingerprint, summary=summary, whole=whole)
+
+    def _start(self) -> None:
+        start, base = self.recipe.start, self.base
+        about: Any = {"base_fingerprint": base.fingerprint, "base_config": base.config}
+        if start.adapter:
+            warm_start(self.injected, self.recipe.path(start.adapter), **about)
+        if start.lora:
+            upcycle(self.injected, self.recipe.path(start.lora), **about)
 
     def _checkpoint(self) -> None:
-        state = RunState(self.progress, self.recipe.identity(), self.base.fingerprint)
-        path = save_state(self.folder, self.parameters, self.optimizer, state)
+        state = RunState(self.progress, self.recipe.identity(), self.base.fingerprint, self.best)
+        path = save_state(self.folder, self.parameters, self.optimizer, state, write=self.processes.main)
         self._last_save = self.progress.active_seconds
         self._log({"event": "checkpoint", "path": path.name})
 
@@ -198,22 +262,37 @@ class Trainer:
         state = load_state(self.folder, self.parameters, self.optimizer)
         if state.recipe_identity != self.recipe.identity() or state.base_fingerprint != self.base.fingerprint:
             raise TrainingError(
-                f"The run in {self.folder} was started with another recipe or base; only budget limits, saving, device and "
-                "threads may change. Start anew with another --run folder.",
-                f"{self.folder} 中的训练使用的是另一份配方或另一个基座；续训时只能修改预算上限、保存、设备和线程。请换一个 --run 文件夹重新开始。",
+                f"The run in {self.folder} was started with another recipe or base; only budget limits, saving, device, threads "
+                "and gradient checkpointing may change. Start anew with another --run folder.",
+                f"{self.folder} 中的训练使用的是另一份配方或另一个基座；续训时只能修改预算上限、保存、设备、线程和梯度检查点。"
+                "请换一个 --run 文件夹重新开始。",
             )
-        self.progress = state.progress
+        self.progress, self.best = state.progress, state.best
 
     def _evaluate(self) -> None:
+        """Dev loss and expert load of every stream; the adapter with the best mean loss is kept in `best`."""
         rng = torch.get_rng_state()
-        self.base.model.eval()
-        result = dev_loss(self.base.model, self.mix.held_out(), self.recipe.budget.batch_tokens)
-        self.base.model.train()
+        set_training(self.base.model, False)
+        batch_tokens, packing = self.recipe.budget.batch_tokens, self.recipe.data.packing
+        report = dev_report(self.objective, self.mix.held_out(), self.recipe.adapter, batch_tokens, packing=packing)
+        set_training(self.base.model, True)
         torch.set_rng_state(rng)
         self._last_eval = self.progress.active_seconds
-        self._log({"event": "dev", "step": self.progress.step, "dev_loss": result})
+        names = self.recipe.save.best_by or tuple(report["loss"])
+        score = sum(report["loss"][name] for name in names) / len(names)
+        better = self.best is None or score < self.best
+        loads = {name: _rounded(load) for name, load in report["load"].items()}
+        about = {"dev_loss": report["loss"], "load": loads, "dead_experts": report["dead_experts"]}
+        self._log({"event": "dev", "step": self.progress.step, **about, "score": score, "best": better})
+        if better:
+            self.best = score
+            adapter = self.adapter()
+            if self.processes.main:
+                save_adapter(self.folder / "best", adapter)
 
     def _log(self, line: dict[str, Any]) -> None:
+        if not self.processes.main:
+            return
         try:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -237,3 +316,7 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _rounded(table: Tensor) -> list[Any]:
+    return [_rounded(row) for row in table] if table.dim() > 1 else [round(x, 4) for x in table.tolist()]

@@ -124,7 +124,7 @@ def generate_peer(setup: Setup) -> Callable[[str], float]:
 
     torch.set_num_threads(setup.settings.threads)
     local, tokenizer = _local(setup)
-    adapter = load_adapter(local.adapter, base_fingerprint=local.fingerprint) if local.adapter else None
+    adapter = load_adapter(local.adapter, base_fingerprint=local.fingerprint).padded() if local.adapter else None
     model: Any = load_torch_model(local, adapter, "bf16").model
     _, ids = sized_messages(tokenizer, setup.prompt_tokens)
 

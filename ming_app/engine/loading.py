@@ -37,7 +37,7 @@ def load_engine(settings: Settings, progress: ProgressCallback | None = None) ->
     base_config = read_base_config(local.home)
     adapter = None
     if local.adapter is not None:
-        adapter = load_adapter(local.adapter, base_fingerprint=local.fingerprint, base_config=base_config)
+        adapter = load_adapter(local.adapter, base_fingerprint=local.fingerprint, base_config=base_config).padded()
     folder = _engine_folder(settings, local, adapter, precision) if backend_name == "onnx" else None
     built = folder is None or folder.is_dir()
     molora = adapter.config if adapter else None

@@ -3,7 +3,7 @@
 Native folder: `adapter.safetensors` + `config.json` (schema version, MoLoRAConfig, base fingerprint, training summary).
 Tensor names and shapes (L layers, E experts, rank r, n shared experts):
 
-    layers.{l}.mlp.{gate|up|down}.A              [E, r, in]
+    layers.{l}.mlp.{gate|up|down}.A              [E, r, in]      E: that layer's, where the layers differ
     layers.{l}.mlp.{gate|up|down}.B              [E, out, r]
     layers.{l}.mlp.{gate|up|down}.router.weight  [E, in]        .router.bias [E]
     layers.{l}.mlp.{gate|up|down}.shared.A       [r n, in]      .shared.B    [out, r n]      (only with n > 0)
@@ -21,7 +21,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ SCHEMA = 1
 MAX_CONFIG_BYTES = 1 << 20
 MAX_ADAPTER_BYTES = 8 << 30
 MAX_LAYERS = 1024
+NEVER = -1e4  # router bias of an expert that must not be picked: far below any logit, and finite in half precision
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -77,6 +78,18 @@ class Adapter:
             digest.update(f"{name}{array.shape}".encode())
             digest.update(array.astype(ml_dtypes.bfloat16).tobytes())
         return digest.hexdigest()
+
+    def padded(self) -> Adapter:
+        """The same function with as many experts in every layer: those added are zero and no router ever picks them.
+        Backends, traces and the official layout know one E only. An adapter whose layers are alike is returned as it is."""
+        if not self.config.experts_per_layer:
+            return self
+        tensors = dict(self.tensors)
+        for name, array in self.tensors.items():
+            if ".mlp." in name and ".shared." not in name and len(array) < self.config.num_experts:
+                more = ((0, self.config.num_experts - len(array)), *[(0, 0)] * (array.ndim - 1))
+                tensors[name] = np.pad(array, more, constant_values=NEVER if name.endswith(".router.bias") else 0.0)
+        return replace(self, config=self.config.padded(), tensors=tensors)
 
     def projection(self, layer: int, name: str) -> ProjectionWeights:
         """Experts and router of one FFN linear; `name` is gate, up or down."""
@@ -215,13 +228,14 @@ def expected_shapes(adapter: Adapter, base_config: Mapping[str, Any] | None) -> 
     shapes: dict[str, tuple[int, ...]] = {}
     shared = c.num_shared_experts * c.rank
     for layer in range(adapter.num_layers):
+        experts = c.at(layer, adapter.num_layers).num_experts
         for projection in PROJECTIONS:
             n_in, n_out = widths[projection]
             parts: dict[str, tuple[int, ...]] = {
-                "A": (c.num_experts, c.rank, n_in),
-                "B": (c.num_experts, n_out, c.rank),
-                "router.weight": (c.num_experts, n_in),
-                "router.bias": (c.num_experts,),
+                "A": (experts, c.rank, n_in),
+                "B": (experts, n_out, c.rank),
+                "router.weight": (experts, n_in),
+                "router.bias": (experts,),
             }
             if shared:
                 parts |= {"shared.A": (shared, n_in), "shared.B": (n_out, shared)}

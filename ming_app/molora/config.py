@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ming_app.errors import AdapterError
@@ -20,7 +20,7 @@ class MoLoRAConfig:
     """E experts of rank r on each FFN projection, k of them active per token (arXiv 2404.09027, section 3)."""
 
     num_experts: int = 4
-    """E"""
+    """E; with `experts_per_layer` the largest of them"""
     top_k: int = 2
     """k, 1 <= k <= E"""
     rank: int = 16
@@ -38,10 +38,14 @@ class MoLoRAConfig:
     """dropout of the experts' input, training only"""
     attention_targets: tuple[str, ...] = field(default=ATTENTION_TARGETS)
     """attention linears that carry ordinary LoRA; may be empty"""
+    experts_per_layer: tuple[int, ...] = ()
+    """E of groups of layers, lowest first (as in MoLA, arXiv 2402.08562): the layers are cut into as many groups of like
+    size; one entry per layer is possible. Empty: `num_experts` everywhere"""
 
     def __post_init__(self) -> None:
-        if isinstance(self.attention_targets, list):
-            object.__setattr__(self, "attention_targets", tuple(self.attention_targets))
+        for name in ("attention_targets", "experts_per_layer"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         problem = self._problem()
         if problem:
             raise AdapterError(f"MoLoRA configuration: {problem}.", f"MoLoRA 配置有误：{problem}。")
@@ -78,7 +82,23 @@ class MoLoRAConfig:
             return (
                 f"attention_targets={str(targets)[:80]} must be names among {', '.join(ATTENTION_TARGETS)}, each once"
             )
+        counts = self.experts_per_layer
+        if not isinstance(counts, tuple) or not all(type(n) is int and self.top_k <= n <= MAX_EXPERTS for n in counts):
+            return f"experts_per_layer={str(counts)[:80]} must be whole numbers from top_k={self.top_k} on"
+        if counts and max(counts) != self.num_experts:
+            return f"the largest of experts_per_layer must be num_experts={self.num_experts}"
         return ""
+
+    def at(self, layer: int, layers: int) -> MoLoRAConfig:
+        """The configuration of one of `layers` layers: E is that layer's."""
+        counts = self.experts_per_layer
+        if not counts:
+            return self
+        return replace(self, num_experts=counts[layer * len(counts) // layers], experts_per_layer=())
+
+    def padded(self) -> MoLoRAConfig:
+        """The configuration of the same adapter with `num_experts` in every layer (see `Adapter.padded`)."""
+        return replace(self, experts_per_layer=())
 
     @property
     def scale(self) -> float:
@@ -87,7 +107,11 @@ class MoLoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "attention_targets": list(self.attention_targets)}
+        values = {**asdict(self), "attention_targets": list(self.attention_targets)}
+        counts = values.pop(
+            "experts_per_layer"
+        )  # written only where it says something: older readers know no such entry
+        return {**values, "experts_per_layer": list(counts)} if counts else values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MoLoRAConfig:

@@ -6,7 +6,7 @@ attention is any module with the linear children named by `config.attention_targ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,13 +75,15 @@ def inject_molora(model: nn.Module, config: MoLoRAConfig, *, attention: bool = T
     model.requires_grad_(False)
     state = RoutingState()
     linears: dict[tuple[int, str], MoLoRALinear] = {}
-    for layer, ffn in enumerate(gated_ffns(model)):
+    ffns = gated_ffns(model)
+    for layer, ffn in enumerate(ffns):
         bases: dict[str, nn.Module] = {p: getattr(ffn, f"{p}_proj") for p in PROJECTIONS}
         if any(isinstance(base, MoLoRALinear) for base in bases.values()):
             raise AdapterError("This model carries MoLoRA already.", "该模型已经加入过 MoLoRA。")
         device = next(bases["gate"].parameters()).device
-        shared = RankRouter(_width(bases["gate"]), 2, config, device)
-        own = RankRouter(_width(bases["down"]), 1, config, device)
+        here = config.at(layer, len(ffns))
+        shared = RankRouter(_width(bases["gate"]), 2, here, device)
+        own = RankRouter(_width(bases["down"]), 1, here, device)
         for projection, router, slot in (("gate", shared, 0), ("up", shared, 1), ("down", own, 0)):
             wrapped = MoLoRALinear(bases[projection], router, slot, layer, projection, state)
             setattr(ffn, f"{projection}_proj", wrapped)
@@ -122,34 +124,42 @@ def load_into(injected: InjectedModel, adapter: Adapter) -> None:
             view.data.copy_(torch.from_numpy(np.array(adapter.tensors[key], dtype=np.float32)))
 
 
-def extract(injected: InjectedModel, *, base_fingerprint: str = "", summary: dict | None = None) -> Adapter:
-    """The adapter now in the model, float32, as `save_adapter` takes it."""
-    tensors = {named.key: named.array() for named in _named_tensors(injected)}
+def extract(
+    injected: InjectedModel,
+    *,
+    base_fingerprint: str = "",
+    summary: dict | None = None,
+    whole: Callable[[Tensor], Tensor] = Tensor.detach,
+) -> Adapter:
+    """The adapter now in the model, float32, as `save_adapter` takes it. `whole` gathers a parameter that is sharded."""
+    tensors = {named.key: named.array() for named in _named_tensors(injected, whole)}
     return Adapter(
         injected.config, injected.num_layers, tensors, base_fingerprint=base_fingerprint, summary=summary or {}
     )
 
 
-def _named_tensors(injected: InjectedModel) -> Iterator[_NamedTensor]:
-    """Every adapter tensor of the model; keys and shapes as checkpoint.py states."""
-    c = injected.config
-    routed = c.num_experts * c.rank
+def _named_tensors(
+    injected: InjectedModel, whole: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[_NamedTensor]:
+    """Every adapter tensor of the model; keys and shapes as checkpoint.py states. Views of the parameters, unless `whole`
+    copies."""
     for (layer, projection), linear in injected.linears.items():
-        router, slot = linear.rank_router, linear.slot
+        router, slot, c = linear.rank_router, linear.slot, linear.config
+        routed = c.num_experts * c.rank
+        a, b = whole(router.A)[slot], whole(linear.B)
         views: dict[str, Tensor] = {
-            "A": router.A[slot, :routed].view(c.num_experts, c.rank, -1),
-            "B": linear.B[:routed].view(c.num_experts, c.rank, -1).transpose(1, 2),  # (E, out, r)
-            "router.weight": router.router_weight[slot],
-            "router.bias": router.router_bias[slot],
+            "A": a[:routed].view(c.num_experts, c.rank, -1),
+            "B": b[:routed].view(c.num_experts, c.rank, -1).transpose(1, 2),  # (E, out, r)
+            "router.weight": whole(router.router_weight)[slot],
+            "router.bias": whole(router.router_bias)[slot],
         }
         if c.num_shared_experts:
-            views["shared.A"] = router.A[slot, routed:]
-            views["shared.B"] = linear.B[routed:].T
+            views |= {"shared.A": a[routed:], "shared.B": b[routed:].T}
         for part, view in views.items():
             yield _NamedTensor(projection_key(layer, projection, part), view)
     for (layer, target), lora in injected.attention.items():
-        yield _NamedTensor(attention_key(layer, target, "A"), lora.A)
-        yield _NamedTensor(attention_key(layer, target, "B"), lora.B)
+        yield _NamedTensor(attention_key(layer, target, "A"), whole(lora.A))
+        yield _NamedTensor(attention_key(layer, target, "B"), whole(lora.B))
 
 
 def _attention_blocks(model: nn.Module, config: MoLoRAConfig) -> list[nn.Module]:

@@ -31,7 +31,7 @@ from training.exam import read_questions
 @pytest.fixture
 def base(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
     monkeypatch.setenv("MING_CACHE_DIR", str(tmp_path / "cache"))
-    return load_base(str(tiny_folder), "cpu", torch.float32)
+    return load_base(str(tiny_folder), "cpu", "float32")
 
 
 def test_scores_equal_one_prompt_at_a_time(base: Base, tmp_path: Path) -> None:

@@ -63,3 +63,17 @@ def test_router_rows_are_in_layer_and_projection_order() -> None:
     load = router_loss(logits, torch.ones(1, dtype=torch.bool), 1).load
     assert load.shape == (2, 3, 8)
     assert load.flatten(0, 1).argmax(-1).tolist() == list(range(6))
+
+
+def test_layers_with_different_numbers_of_experts_count_alike() -> None:
+    torch.manual_seed(0)
+    sizes = (2, 2, 2, 4, 4, 4)
+    logits = [(i // 3, i % 3, torch.randn(1, 9, size)) for i, size in enumerate(sizes)]
+    real = torch.ones(9, dtype=torch.bool)
+    together = router_loss(logits, real, 2)
+    alone = [router_loss([(0, 0, row)], real, 2) for _, _, row in logits]
+    assert together.load.shape == (2, 3, 4)
+    assert together.balance.item() == pytest.approx(sum(a.balance.item() for a in alone) / 6)
+    assert together.z.item() == pytest.approx(sum(a.z.item() for a in alone) / 6)
+    assert together.load[0, :, 2:].sum() == 0 and together.load.sum(-1).allclose(torch.ones(2, 3))
+    assert together.entropy.flatten().tolist() == pytest.approx([a.entropy.item() for a in alone])

@@ -88,7 +88,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = write_base(tmp_path_factory.mktemp("packing") / "base", request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MING_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        return load_base(str(folder), "cpu", torch.float32)
+        return load_base(str(folder), "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_packed_rows_give_the_states_and_gradients_of_samples_alone(
 def test_plain_rows_through_the_models_own_attention_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MING_CACHE_DIR", str(tmp_path / "cache"))
     folder = write_base(tmp_path / "base")
-    ours, theirs = (load_base(str(folder), "cpu", torch.float32, packing=packing) for packing in (True, False))
+    ours, theirs = (load_base(str(folder), "cpu", "float32", packing=packing) for packing in (True, False))
     rows = many(12)
     with torch.no_grad():
         loss = sum(float(Objective(ours.model)(b).loss) for b in pack(rows, 300))
