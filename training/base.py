@@ -76,14 +76,15 @@ def load_base(
 
 
 def set_training(model: Any, on: bool) -> None:
-    """`model.train(on)`, but 4-bit linears stay in training mode, in which they compute the same.
+    """`model.train(on)`, but linears of bitsandbytes stay in training mode (they have no dropout).
 
-    In eval mode bitsandbytes repacks their weights in place for a CPU's inference kernel at the first call, and from then
-    on a training forward has no gradient, silently: one dev evaluation would end all learning.
+    In eval mode Linear4bit repacks its weight in place for a CPU's inference kernel at the first call, and from then on a
+    training forward has no gradient, silently: one dev evaluation would end all learning. Linear8bitLt computes in another
+    way there.
     """
     model.train(on)
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
             module.training = True
 
 

@@ -151,7 +151,7 @@ class MoLoRALinear(nn.Module):
             self._state.logits.append((*self._cell, logits))
         if self._few_tokens(h):
             return y + self._gathered(h, experts, weights).to(y.dtype)
-        return AddExperts.apply(y, h.flatten(0, -2), self._gate(experts, weights).flatten(0, -2), self.B)
+        return AddExperts.apply(_owned(y), h.flatten(0, -2), self._gate(experts, weights).flatten(0, -2), self.B)
 
     def _few_tokens(self, h: Tensor) -> bool:
         return not torch.is_grad_enabled() and h.numel() <= GATHER_TOKENS * h.shape[-1]
@@ -206,7 +206,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the base layer's output dtype."""
         y = self.base_layer(x)
-        return AddLoRA.apply(y, self.dropout(x).flatten(0, -2), self.A, self.B, self.scale)
+        return AddLoRA.apply(_owned(y), self.dropout(x).flatten(0, -2), self.A, self.B, self.scale)
 
 
 def select_experts(
@@ -221,6 +221,11 @@ def select_experts(
         return torch.take_along_dim(drawn, order, dim=-1), values.softmax(-1)
     values, experts = logits.topk(config.top_k, dim=-1, sorted=True)
     return experts, values.softmax(-1)
+
+
+def _owned(y: Tensor) -> Tensor:
+    """A base layer's output that may be added to in place: bitsandbytes gives views of something of its own."""
+    return y.clone() if y._is_view() else y
 
 
 def _parameter(shape: tuple[int, ...], device: torch.device | None) -> nn.Parameter:

@@ -30,17 +30,17 @@ def train(recipe: Path, run: Path, *options: str) -> None:
     run_module("training", "train", "--recipe", str(recipe), "--run", str(run), *options)
 
 
+def torchrun(*command: str, fail: bool = False) -> str:
+    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    return run_module(*launch, "--rdzv_endpoint", "localhost:0", *command, fail=fail)
+
+
 def ddp(recipe: Path, run: Path, *options: str, fail: bool = False) -> str:
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = ["-m", "training", "train", "--recipe", str(recipe), "--run", str(run), *options]
-    return run_module(*launch, *command, fail=fail)
+    return torchrun("-m", "--", "training", "train", "--recipe", str(recipe), "--run", str(run), *options, fail=fail)
 
 
 def fsdp2(recipe: Path, run: Path, *options: str) -> str:
-    worker = Path(__file__).with_name("fsdp_worker.py")
-    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
-    return run_module(*launch, "--rdzv_endpoint", "localhost:0", str(worker), str(recipe), str(run), *options)
+    return torchrun(str(Path(__file__).with_name("fsdp_worker.py")), str(recipe), str(run), *options)
 
 
 def losses(run: Path) -> list[float]:
@@ -67,6 +67,8 @@ def test_two_processes_train_as_one(cache, write_recipe, tmp_path: Path, launch)
         np.testing.assert_allclose(ours.tensors[name], value, atol=5e-3, err_msg=name)
     events = [line.get("event") for line in read_metrics(tmp_path / "two")]
     assert events.count("start") == events.count("finished") == 1  # one process writes
+    starts = [line["processes"] for name in ("one", "two") for line in read_metrics(tmp_path / name)[:1]]
+    assert starts == [1, 2]
 
     # what two have begun one goes on with, and the other way round
     train(recipe(8), tmp_path / "two", "--resume")
