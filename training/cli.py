@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ming_app.molora.checkpoint import Adapter
     from training.base import Base
     from training.chat import ChatTokenizer
-    from training.evaluate import Scorer
 
 REPORT_EVERY = 10  # steps between progress lines where stderr is no terminal
 
@@ -75,28 +74,30 @@ def _parser() -> argparse.ArgumentParser:
     data.set_defaults(run=_data)
 
     evaluate = commands.add_parser(
-        "evaluate", parents=[common], help="dev loss and exam accuracy, base against adapter"
+        "evaluate", parents=[common], help="exams, NLP tasks, answers and loss, base against adapter"
     )
-    evaluate.add_argument("--recipe", help="measure the loss on this recipe's held-out rows")
-    evaluate.add_argument("--base", help="catalogue name, folder or hub id (default: the recipe's)")
-    evaluate.add_argument("--adapter", help="adapter folder; without it only the base is measured")
+    evaluate.add_argument("--model", help="catalogue name, folder or hub id (default: the recipe's base)")
+    evaluate.add_argument("--adapter", help="adapter folder, or none (default: the adapter that belongs to the model)")
+    evaluate.add_argument("--suite", help="TOML file, see training/suites")
     evaluate.add_argument("--exam", action="append", default=[], help="exam bank (JSON lines); may be repeated")
-    evaluate.add_argument("--limit", type=int, default=0, help="so many questions per bank, spread evenly over it")
+    evaluate.add_argument("--recipe", help="measure the loss on this recipe's held-out rows")
+    evaluate.add_argument("--limit", type=int, default=0, help="so many rows per file, spread evenly over it")
     evaluate.add_argument("--skip-base", action="store_true", help="measure the adapter only")
     evaluate.add_argument(
-        "--served",
-        action="append",
-        default=[],
-        metavar="PRECISION",
-        help="measure the exams with the engine that serves, in this precision (4bit, mix, 8bit, nf4, ...), instead of"
-        " the training base in bf16; may be repeated",
+        "--precision",
+        help="of the served engine; exams are then measured on it too (default: exams and loss on the base in bf16 as in"
+        " training, answers by the engine in its usual precision)",
     )
+    evaluate.add_argument("--out", help="folder for evaluation.json, report.md and report.html")
     evaluate.set_defaults(run=_evaluate)
 
     export = commands.add_parser("export", parents=[common], help="newest checkpoint of a run -> adapter folder")
     export.add_argument("--recipe", required=True)
     export.add_argument("--run", dest="folder", help="run folder (default: runs/<name of the recipe>)")
     export.add_argument("--out", required=True, help="adapter folder to write")
+    export.add_argument(
+        "--layout", choices=("native", "official"), default="native", help="official: as the authors' code loads it"
+    )
     export.add_argument("--evaluation", help="JSON of `training evaluate`: its figures go into MODEL_CARD.md")
     export.set_defaults(run=_export)
     return parser
@@ -214,115 +215,54 @@ def _tokenizer(base: str, console: Console) -> ChatTokenizer:
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], int]:
-    from ming_app.molora.checkpoint import load_adapter
-    from ming_app.molora.inject import inject_molora, load_into
-    from training.evaluate import dev_loss, dev_report, score_letters
-    from training.mix import Mix
-    from training.step import Objective
+    from training.evaluation import Plan, evaluate
+    from training.evaluation_report import evaluation_page, evaluation_text
+    from training.suite import Exam, Suite, read_suite
 
+    suite = read_suite(options.suite) if options.suite else Suite("command line", home=Path())
     recipe = read_recipe(options.recipe) if options.recipe else None
-    name = options.base or (recipe.base if recipe else "")
-    if not name or not (recipe or options.exam):
+    more = tuple(Exam(str(Path(path).resolve())) for path in options.exam)
+    suite = replace(suite, exam=(*suite.exam, *more))
+    name = options.model or (recipe.base if recipe else "")
+    if not name or not (recipe or suite.exam or suite.nlp or suite.generation):
         raise UsageError(
-            "Say what to measure: --recipe, or --base with --exam.", "请指定评测内容：--recipe，或 --base 加 --exam。"
+            "Say what to measure: --model with --suite, --exam or --recipe.",
+            "请指定评测内容：--model 加 --suite、--exam 或 --recipe。",
         )
-    if options.served:
-        return _evaluate_served(name, recipe, options, console), 0
-    base = _load(name, recipe, console)
-    packing = recipe.data.packing if recipe else True
-    adapter = (
-        load_adapter(options.adapter, base_fingerprint=base.fingerprint, base_config=base.config)
-        if options.adapter
-        else None
-    )
-    scorer = partial(score_letters, base.model)
-    samples = Mix(recipe, base.tokenizer).held_out() if recipe else {}
-    result: dict[str, Any] = {
-        "base": name,
-        "fingerprint": base.fingerprint,
-        "adapter": options.adapter,
-        "dev": {},
-        "exam": {},
-    }
-    if not (options.skip_base and adapter):
-        if samples:
-            result["dev"]["base"] = {"loss": dev_loss(Objective(base.model), samples, packing=packing)}
-        _exams(result, "base", scorer, base.tokenizer, options, recipe, console)
-    if adapter:
-        injected = inject_molora(base.model, adapter.config)
-        load_into(injected, adapter)
-        if samples:
-            objective = Objective(base.model, injected.state, adapter.config.top_k)
-            report = dev_report(objective, samples, adapter.config, packing=packing)
-            result["dev"]["adapter"] = {**report, "load": {name: x.tolist() for name, x in report["load"].items()}}
-        _exams(result, "adapter", scorer, base.tokenizer, options, recipe, console)
-    console.line(json.dumps(_without_tables(result), indent=1, ensure_ascii=False))
+    plan = Plan(name, options.adapter, suite, recipe, options.limit, options.precision, not options.skip_base)
+    result = evaluate(plan, console)
+    text = evaluation_text(result)
+    console.line(text)
+    if options.out:
+        out = Path(options.out)
+        write_text(out / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False))
+        write_text(out / "report.md", text)
+        write_text(out / "report.html", evaluation_page(result))
+        console.note(f"Written: {out}.", f"已写入：{out}。")
     return result, 0
-
-
-def _evaluate_served(name: str, recipe: Recipe | None, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Letter accuracy in every precision asked for: {"exam": {file: {"base 4bit": ..., "adapter 4bit": ...}}}."""
-    from ming_app.engine.engine import Engine
-    from training.evaluate import score_letters_served
-
-    if not options.exam:
-        raise UsageError("--served measures exams: add --exam FILE.", "--served 只评测考试题：请加 --exam 文件。")
-    adapters = {"base": "none", "adapter": options.adapter}
-    if options.skip_base or not options.adapter:
-        del adapters["base" if options.adapter else "adapter"]
-    result: dict[str, Any] = {"base": name, "adapter": options.adapter, "exam": {}}
-    tokenizer = _tokenizer(name, console)
-    for precision in options.served:
-        for what, adapter in adapters.items():
-            settings = Settings.load({"model": name, "adapter": adapter, "precision": precision})
-            engine = Engine.load(settings, console.progress)
-            scorer = partial(score_letters_served, engine.backend)
-            _exams(result, f"{what} {precision}", scorer, tokenizer, options, recipe, console)
-            engine.close()
-    console.line(json.dumps(result, indent=1, ensure_ascii=False))
-    return result
-
-
-def _exams(
-    result: dict[str, Any],
-    what: str,
-    scorer: Scorer,
-    tokenizer: ChatTokenizer,
-    options: argparse.Namespace,
-    recipe: Recipe | None,
-    console: Console,
-) -> None:
-    from training.chat import DEFAULT_SYSTEM
-    from training.evaluate import letter_accuracy
-
-    for path in options.exam:
-        console.note(f"Measuring {what} on {Path(path).name}", f"正在用 {Path(path).name} 评测 {what}")
-        system = recipe.data.system if recipe else DEFAULT_SYSTEM
-        accuracy = letter_accuracy(scorer, tokenizer, path, system=system, limit=options.limit)
-        result["exam"].setdefault(Path(path).name, {})[what] = accuracy.to_dict()
-
-
-def _without_tables(result: dict[str, Any]) -> dict[str, Any]:
-    """For people: without the load of every single expert."""
-    dev = {what: {k: v for k, v in values.items() if k != "load"} for what, values in result["dev"].items()}
-    return {**result, "dev": dev}
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
 
 
 def _export(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], int]:
+    from ming_app.molora.checkpoint import save_adapter
+    from ming_app.molora.official_save import save_official
     from training.card import model_card
     from training.export import export_adapter
 
     recipe = read_recipe(options.recipe)
     base = _load(recipe.base, recipe, console)
     out = Path(options.out)
-    adapter = export_adapter(recipe, base, _run_folder(recipe, options.folder), out)
+    adapter = export_adapter(recipe, base, _run_folder(recipe, options.folder))
+    if options.layout == "official":
+        save_official(out, adapter, base.config, base.name)
+    else:
+        save_adapter(out, adapter)
     card = model_card(recipe.name, base.title, adapter, _read_evaluation(options.evaluation, adapter))
     write_text(out / "MODEL_CARD.md", card)
     console.note(f"Adapter written to {out}.", f"适配器已写入 {out}。")
-    size = (out / "adapter.safetensors").stat().st_size
+    size = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".bin"))
     return {"adapter": str(out), "bytes": size, "fingerprint": adapter.fingerprint, "summary": dict(adapter.summary)}, 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Question:
     answer: tuple[str, ...]
     explanation: str
     tags: Mapping[str, Any] = field(default_factory=dict)
+    type: str = ""
+    """as the bank says: single, multiple, A1, A2, B1, X, ..."""
 
     @property
     def multiple(self) -> bool:
@@ -52,15 +54,9 @@ def _question(row: dict[str, Any], _where: str) -> Question:
         raise TypeError("tags must be an object")
     explanation = row.get("explanation") or ""
     lang = text_of(row.get("lang", ""))
+    text = {name: text_of(row.get(name, "")) for name in ("source", "type")}
     return Question(
-        text_of(row["id"]),
-        text_of(row.get("source", "")),
-        lang,
-        text_of(row["stem"]),
-        options,
-        answer,
-        explanation,
-        tags,
+        text_of(row["id"]), text["source"], lang, text_of(row["stem"]), options, answer, explanation, tags, text["type"]
     )
 
 
@@ -117,7 +113,7 @@ def shuffle_options(question: Question, rng: random.Random, place: str = "") -> 
     moved = dict(zip(order, letters, strict=True))
     options = {letter: question.options[old] for old, letter in zip(order, letters, strict=True)}
     answer = tuple(sorted(moved[letter] for letter in question.answer))
-    return Question(question.id, question.source, question.lang, question.stem, options, answer, "", question.tags)
+    return replace(question, options=options, answer=answer, explanation="")
 
 
 def letter_row(question: Question, rng: random.Random, place: str = "") -> ChatRow:

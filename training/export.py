@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ming_app.molora.checkpoint import Adapter, save_adapter
+from ming_app.molora.checkpoint import Adapter
 from ming_app.molora.inject import extract, inject_molora
 from training.base import Base
 from training.curves import read_metrics, steps_of
@@ -16,8 +16,8 @@ from training.recipe import Recipe
 from training.state import load_state
 
 
-def export_adapter(recipe: Recipe, base: Base, run: Path, out: Path) -> Adapter:
-    """Writes the native adapter of `run` to `out` (bf16) with a summary made from the run's own records.
+def export_adapter(recipe: Recipe, base: Base, run: Path) -> Adapter:
+    """The adapter of the newest checkpoint of `run`, with a summary made from the run's own records.
 
     `base.model` receives the adapter. Raises TrainingError when the checkpoint belongs to another base or recipe.
     """
@@ -29,11 +29,8 @@ def export_adapter(recipe: Recipe, base: Base, run: Path, out: Path) -> Adapter:
             f"The run was trained on base {state.base_fingerprint[:12]}…, this is {base.fingerprint[:12]}….",
             f"该训练所用的基座为 {state.base_fingerprint[:12]}…，与当前基座 {base.fingerprint[:12]}… 不同。",
         )
-    adapter = extract(
-        injected, base_fingerprint=base.fingerprint, summary=run_summary(mix, run, state.progress.to_dict())
-    )
-    save_adapter(out, adapter)
-    return adapter
+    summary = run_summary(mix, run, state.progress.to_dict())
+    return extract(injected, base_fingerprint=base.fingerprint, summary=summary)
 
 
 def run_summary(mix: Mix, run: Path, progress: dict[str, Any]) -> dict[str, Any]:

@@ -109,6 +109,25 @@ def router_loss(logits: Sequence[tuple[int, int, Tensor]], real: Tensor, top_k: 
     )
 
 
+@torch.no_grad()
+def load_by_group(logits: Sequence[tuple[int, int, Tensor]], group: Tensor, groups: int, top_k: int) -> Tensor:
+    """Choices that went to each expert by group of tokens: `group` int64 [T] in 0..groups-1, -1 leaves a token out.
+
+    Returns float32 [groups, L, P, E]; each router's choices of a group sum to 1 (0 for a group without tokens).
+    """
+    in_order = sorted(logits, key=lambda item: item[:2])
+    layers, largest = 1 + in_order[-1][0], max(row.shape[-1] for _, _, row in logits)
+    counted = group >= 0
+    tables = []
+    for _, _, row in in_order:
+        experts = row.shape[-1]
+        chosen = F.one_hot(row.flatten(0, -2)[counted].topk(top_k, dim=-1).indices, experts).sum(-2).float()
+        table = torch.zeros(groups, experts, device=row.device).index_add_(0, group[counted], chosen)
+        tables.append(F.pad(table, (0, largest - experts)))
+    load = torch.stack(tables, dim=1).view(groups, layers, -1, largest)
+    return load / load.sum(-1, keepdim=True).clamp_min(1e-9)
+
+
 def _alike(rows: Sequence[tuple[int, int, Tensor]]) -> list[list[tuple[int, int, Tensor]]]:
     groups: list[list[tuple[int, int, Tensor]]] = []
     for row in rows:

@@ -57,6 +57,8 @@ class Batch:
     stream_of: np.ndarray
     """int64 [T], index into `streams`; padding too, so combine with `real`"""
     streams: tuple[str, ...]
+    sample_of: np.ndarray
+    """int64 [T], index into `samples` of a sample's own tokens; -1 for padding and for what several share"""
 
     @property
     def tokens(self) -> int:
@@ -144,8 +146,9 @@ def make_batch(groups: Sequence[_Group]) -> Batch:
     ids, positions = np.zeros(total, np.int64), np.zeros(total, np.int64)
     real, stream_of = np.zeros(total, bool), np.zeros(total, np.int64)
     streams = tuple(sorted({s.stream for group in groups for s in group.samples}))
+    sample_of = np.full(total, -1, np.int64)
     learn_at, targets, weights = [], [], []
-    at = 0
+    at = count = 0
     for group, part in zip(groups, parts, strict=True):
         first = group.samples[0]
         ids[at : at + part.shared] = first.encoded.ids[: part.shared]
@@ -157,6 +160,8 @@ def make_batch(groups: Sequence[_Group]) -> Batch:
             own, mask = sample.encoded.ids[part.shared :], sample.encoded.mask[part.shared :]
             ids[at : at + len(own)] = own
             real[at : at + len(own)] = True
+            sample_of[at : at + len(own)] = count
+            count += 1
             positions[at : at + part.length] = part.shared + np.arange(part.length)
             stream_of[at : at + part.length] = streams.index(sample.stream)
             learnt = np.flatnonzero(mask[1:]) + 1  # the very first token of all has no state before it
@@ -175,4 +180,5 @@ def make_batch(groups: Sequence[_Group]) -> Batch:
         tuple(s for group in groups for s in group.samples),
         stream_of,
         streams,
+        sample_of,
     )

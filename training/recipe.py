@@ -11,7 +11,7 @@ import json
 import tomllib
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,19 +266,7 @@ class Recipe:
 
 def read_recipe(path: str | Path) -> Recipe:
     """Reads and checks a recipe file. Raises RecipeError that names the entry at fault."""
-    path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"The recipe {path} cannot be read: {error.strerror}.", f"无法读取配方 {path}：{error.strerror}。"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"The recipe {path.name} is not valid TOML: {error}.", f"配方 {path.name} 不是有效的 TOML：{error}。"
-        ) from error
-    values.pop("folder", None)
-    recipe: Recipe = _build(Recipe, values, "recipe")
+    recipe: Recipe = read_toml(Recipe, path, "recipe", leave_out=("folder",))
     names = [stream.name for stream in recipe.stream]
     if not names or len(set(names)) != len(names):
         raise _wrong("stream", "at least one is needed, and names must differ")
@@ -289,11 +277,25 @@ def read_recipe(path: str | Path) -> Recipe:
     unknown = sorted(set(recipe.save.best_by) - set(names))
     if unknown:
         raise _wrong("save.best_by", f"names no stream: {', '.join(unknown)}")
-    return Recipe(**{**_shallow(recipe), "folder": path.resolve().parent})
+    return replace(recipe, folder=Path(path).resolve().parent)
 
 
-def _shallow(recipe: Recipe) -> dict[str, Any]:
-    return {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+def read_toml(kind: Any, path: str | Path, what: str, leave_out: tuple[str, ...] = ()) -> Any:
+    """A dataclass of `kind` from a TOML file, every entry checked. Raises RecipeError."""
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"The {what} {path} cannot be read: {error.strerror}.", f"无法读取 {path}：{error.strerror}。"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"The {what} {path.name} is not valid TOML: {error}.", f"{path.name} 不是有效的 TOML：{error}。"
+        ) from error
+    for name in leave_out:
+        values.pop(name, None)
+    return _build(kind, values, what)
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from training.chat import ChatTokenizer
@@ -10,7 +10,7 @@ from training.mix import Mix
 from training.packing import Sample
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1) -> str:
+def table(head: Sequence[str], rows: Sequence[Iterable[Any]], left: int = 1) -> str:
     """A Markdown table; the first `left` columns to the left, the others to the right."""
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ming_app.molora.layer import RoutingState
 from training.attention import NAME
-from training.losses import head_cross_entropy, router_loss
+from training.losses import head_cross_entropy, load_by_group, router_loss
 from training.packing import Batch
 
 
@@ -24,15 +24,18 @@ class Terms(NamedTuple):
     """weighted sum of token losses"""
     router: Any
     """RouterLoss; None for a bare base"""
+    by_sample: Any = None
+    """float32 [samples, L, P, E] load of each sample, where asked for"""
 
 
 class Objective(nn.Module):
-    """A transformers causal language model as the trainer calls it; `state` is its RoutingState when it carries MoLoRA."""
+    """A transformers causal language model as the trainer calls it; `state` is its RoutingState when it carries MoLoRA.
+    With `by_sample` the load of every sample is recorded too."""
 
-    def __init__(self, model: Any, state: RoutingState | None = None, top_k: int = 1):
+    def __init__(self, model: Any, state: RoutingState | None = None, top_k: int = 1, by_sample: bool = False):
         super().__init__()
         self.model: Any = model
-        self.state, self.top_k = state, top_k
+        self.state, self.top_k, self.by_sample = state, top_k, by_sample
 
     def forward(self, batch: Batch) -> Terms:
         """Runs the model on a micro-batch; the head only where the loss looks."""
@@ -44,12 +47,16 @@ class Objective(nn.Module):
             self.state.clear()
             self.state.collect_logits = True
         hidden = hidden_states(self.model, batch)
-        router = None
+        router = by_sample = None
         if self.state is not None:
             self.state.collect_logits = False  # gradient checkpointing runs the layers again in the backward pass
             router = router_loss(self.state.logits, real, self.top_k)
+            if self.by_sample:
+                group = torch.from_numpy(batch.sample_of).to(device)
+                by_sample = load_by_group(self.state.logits, group, len(batch.samples), self.top_k)
             self.state.clear()
-        return Terms(head_cross_entropy(hidden[learn_at], self.model.lm_head, targets, weights), router)
+        loss = head_cross_entropy(hidden[learn_at], self.model.lm_head, targets, weights)
+        return Terms(loss, router, by_sample)
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:

@@ -192,10 +192,11 @@ class Trainer:
         for i, batch in enumerate(mine):
             share = int(batch.real.sum()) / read
             with self.processes.gradients(self.objective, last=i == len(mine) - 1):
-                loss, router = self.objective(batch)
-                loss = loss / weight
-                terms = loss + share * (coefficients.balance * router.balance + coefficients.z * router.z)
-                self.processes.backward(terms)
+                terms = self.objective(batch)
+                loss, router = terms.loss / weight, terms.router
+                self.processes.backward(
+                    loss + share * (coefficients.balance * router.balance + coefficients.z * router.z)
+                )
             entropy = router.entropy.mean()
             sums += torch.stack([loss, share * router.balance, share * router.z, share * entropy]).detach().cpu()
             self._records.append((router.load.cpu(), router.entropy.cpu()))

@@ -96,8 +96,8 @@ def inject_molora(model: nn.Module, config: MoLoRAConfig, *, attention: bool = T
                 lora = LoRALinear(base, config, next(base.parameters()).device)
                 setattr(block, target, lora)
                 wrapped_attention[layer, target] = lora
-    for wrapped in [*linears.values(), *wrapped_attention.values()]:
-        for name, module in wrapped.named_modules():
+    for added in [*linears.values(), *wrapped_attention.values()]:
+        for name, module in added.named_modules():
             if not name.startswith("base_layer"):  # new modules follow the mode of the model, the base keeps its own
                 module.training = model.training
     return InjectedModel(model, config, state, linears, wrapped_attention)

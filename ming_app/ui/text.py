@@ -49,6 +49,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "load.convert": {"en": "Converting the weights (first start only)", "zh": "正在转换权重（仅首次启动）"},
     "load.build": {"en": "Building the quantised engine (first start only)", "zh": "正在构建量化引擎（仅首次启动）"},
     "load.load": {"en": "Loading the model", "zh": "正在加载模型"},
+    "load.measure": {"en": "Measuring", "zh": "正在评测"},
     "load.left": {"en": "{time} left", "zh": "剩余约 {time}"},
     "load.hint": {
         "en": "You can already write your question; sending opens when the model is ready.",

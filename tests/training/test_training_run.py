@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ming_app.molora.checkpoint import load_adapter
+from ming_app.molora.checkpoint import load_adapter, save_adapter
 from ming_app.molora.inject import inject_molora, load_into
 from training.base import Base, load_base
 from training.curves import read_metrics, steps_of, write_curves
@@ -184,7 +184,8 @@ def test_exported_adapter_gives_the_trained_logits(write_recipe, tiny_folder: Pa
     ids = torch.arange(24)[None]
     with torch.no_grad():
         expected = trainer.base.model(ids).logits
-    exported = export_adapter(read_recipe(recipe), fresh(tiny_folder), tmp_path / "run", tmp_path / "out")
+    exported = export_adapter(read_recipe(recipe), fresh(tiny_folder), tmp_path / "run")
+    save_adapter(tmp_path / "out", exported)
     base = fresh(tiny_folder)
     for folder in (outcome.adapter, tmp_path / "out"):
         adapter = load_adapter(folder, base_fingerprint=base.fingerprint, base_config=base.config)

@@ -1,10 +1,9 @@
-"""Letter scoring and dev loss against straightforward computations; the command line end to end."""
+"""The command line end to end on a tiny base."""
 
 from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,98 +11,16 @@ import pytest
 import torch
 from conftest import question, write_lines
 
-from ming_app.engine.engine import Engine
-from ming_app.engine.types import Backend
-from ming_app.settings import Settings
+from ming_app.models.load import load_torch_model
+from ming_app.molora.checkpoint import load_adapter
 from training.base import Base, load_base
 from training.cli import main
-from training.evaluate import (
-    letter_accuracy,
-    letter_task,
-    read_exam,
-    score_letters,
-    score_letters_served,
-    wilson,
-)
-from training.exam import read_questions
 
 
 @pytest.fixture
 def base(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
     monkeypatch.setenv("MING_CACHE_DIR", str(tmp_path / "cache"))
     return load_base(str(tiny_folder), "cpu", "float32")
-
-
-def test_scores_equal_one_prompt_at_a_time(base: Base, tmp_path: Path) -> None:
-    rows = [question(i, stem="长" * (1 + 7 * i), lang="zh" if i % 2 else "en") for i in range(6)]
-    tasks = [letter_task(q, base.tokenizer, "s") for q in read_questions(write_lines(tmp_path / "b.jsonl", rows))]
-    for task, score in zip(tasks, score_letters(base.model, tasks, batch_tokens=900), strict=True):
-        with torch.no_grad():
-            logits = base.model(torch.tensor([task.ids])).logits[0, -1]
-        np.testing.assert_allclose(score, logits[task.letter_ids].log_softmax(-1).numpy(), atol=1e-4)
-        assert np.exp(score).sum() == pytest.approx(1)
-
-
-def test_a_serving_backend_scores_the_same(base: Base, tiny_folder: Path, tmp_path: Path) -> None:
-    """Though it reads only what a prompt does not share with the one before."""
-    rows = [question(i, stem="长" * (1 + 5 * (i // 2)), lang="zh" if i < 3 else "en") for i in range(6)]
-    questions = list(read_questions(write_lines(tmp_path / "b.jsonl", rows)))
-    tasks = [letter_task(q, base.tokenizer, "s") for q in [*questions, questions[-1]]]
-    backend = Engine.load(
-        Settings.load({"model": str(tiny_folder), "backend": "torch", "precision": "float32"})
-    ).backend
-    read = count_read_tokens(backend)
-    scores = score_letters_served(backend, tasks)
-    for score, want in zip(scores, score_letters(base.model, tasks), strict=True):
-        np.testing.assert_allclose(score, want, atol=1e-4)
-    assert read[0] == len(tasks[0].ids) and read[-1] == 1 and sum(read) < sum(len(task.ids) for task in tasks)
-
-
-def count_read_tokens(backend: Backend) -> list[int]:
-    """Lengths of the forwards to come."""
-    read, forward = [], backend.forward
-
-    def counted(ids: list[np.ndarray], *args: object, **options: object) -> object:
-        read.append(len(ids[0]))
-        return forward(ids, *args, **options)
-
-    backend.forward = counted
-    return read
-
-
-def test_prompt_ends_where_the_letter_is_written(base: Base, tmp_path: Path) -> None:
-    rows = [question(0), question(1, lang="en")]
-    zh, en = (letter_task(q, base.tokenizer, "") for q in read_questions(write_lines(tmp_path / "b.jsonl", rows)))
-    assert base.tokenizer.decode(zh.ids).endswith("答案：")
-    assert base.tokenizer.decode([*en.ids, en.letter_ids[2]]).endswith("Answer: C")
-    assert (zh.right, en.right) == (0, 1)
-
-
-def test_accuracy_counts_by_hand(base: Base, tmp_path: Path) -> None:
-    rows = [question(i) for i in range(8)] + [question(9, answer=["A", "B"])]
-    path = write_lines(tmp_path / "b.jsonl", rows)
-    accuracy = letter_accuracy(partial(score_letters, base.model), base.tokenizer, path, system="")
-    right = 0
-    for q in list(read_questions(path))[:8]:
-        task = letter_task(q, base.tokenizer, "")
-        with torch.no_grad():
-            logits = base.model(torch.tensor([task.ids])).logits[0, -1]
-        best = max(task.letter_ids, key=lambda i: float(logits[i]))
-        right += base.tokenizer.decode([best]) == q.answer[0]
-    assert (accuracy.right, accuracy.n, accuracy.left_out) == (right, 8, 1)
-    assert sum(accuracy.chosen.values()) == 8
-
-
-def test_a_limit_spreads_over_the_file(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "b.jsonl", [question(i) for i in range(10)])
-    assert [q.id for q in read_exam(path, 4)[0]] == ["q-0", "q-2", "q-5", "q-7"]
-    assert len(read_exam(path, 99)[0]) == 10
-
-
-def test_wilson_interval() -> None:
-    low, high = wilson(40, 100)  # values from the published formula
-    assert (low, high) == (pytest.approx(0.3094, abs=1e-4), pytest.approx(0.4980, abs=1e-4))
-    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == pytest.approx(1)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, dict]:
@@ -121,17 +38,22 @@ def test_train_evaluate_export(write_recipe, base: Base, corpus: Path, capsys: p
     assert code == 0 and result["bytes"] > 0
     exam = write_lines(corpus / "dev.jsonl", [question(100 + i) for i in range(5)])
     words = ("evaluate", "--recipe", recipe, "--adapter", corpus / "out", "--exam", exam, "--limit", 4, "--json")
-    code, result = run(capsys, *words)
+    code, result = run(capsys, *words, "--out", corpus / "measured")
     assert code == 0
     assert set(result["dev"]) == {"base", "adapter"} and set(result["dev"]["adapter"]["loss"]) == {"qa", "letters"}
     assert result["exam"]["dev.jsonl"]["adapter"]["n"] == 4
     load = np.asarray(result["dev"]["adapter"]["load"]["qa"])
     assert load.shape == (2, 3, 4) and np.allclose(load.sum(-1), 1)
 
-    served = (*words, "--served", "float32", "--skip-base")
-    code, in_float32 = run(capsys, *served)
-    assert code == 0 and set(in_float32["exam"]["dev.jsonl"]) == {"adapter float32"}
-    assert run(capsys, *served[:5], *served[9:], "--json")[0] == 2  # served without an exam
+    specialisation = result["dev"]["adapter"]["specialisation"]
+    assert 0 <= specialisation["shuffled"]["mean"] <= specialisation["shuffled"]["largest"] <= 1
+    assert json.loads((corpus / "measured" / "evaluation.json").read_text()) == result
+    assert "| qa |" in (corpus / "measured" / "report.md").read_text(encoding="utf-8")
+    assert "Calibration" in (corpus / "measured" / "report.html").read_text(encoding="utf-8")
+
+    code, served = run(capsys, *words, "--precision", "float32", "--skip-base")
+    assert code == 0 and set(served["exam"]["dev.jsonl"]) == {"adapter"}
+    assert served["precision"] == {"exam": "float32", "answers": "float32"}
 
     (corpus / "eval.json").write_text(json.dumps(result))
     words = (
@@ -153,6 +75,25 @@ def test_train_evaluate_export(write_recipe, base: Base, corpus: Path, capsys: p
     (corpus / "eval.json").write_text(json.dumps({**result, "fingerprint": "0" * 64}))
     code, failure = run(capsys, *words, "--json")
     assert code == 2 and "another base" in failure["error"]["en"]
+
+
+def test_the_official_layout_gives_the_same_logits(
+    write_recipe, base: Base, corpus: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(("num_experts = 4", "num_experts = 4\nexperts_per_layer = [2, 4]"), steps=3, lr=1e-2)
+    assert run(capsys, "train", "--recipe", recipe, "--run", corpus / "run", "--json")[0] == 0
+    logits = []
+    for layout in ("native", "official"):
+        words = ("export", "--recipe", recipe, "--run", corpus / "run", "--out", corpus / layout, "--layout", layout)
+        code, exported = run(capsys, *words, "--json")
+        assert code == 0 and exported["bytes"] > 0
+        adapter = load_adapter(corpus / layout, base_config=base.config)
+        model = load_torch_model(tiny_folder, adapter, "float32").model
+        with torch.no_grad():
+            logits.append(model(torch.arange(1, 40)[None]).logits)
+    assert (corpus / "official" / "non_lora_trainables.bin").is_file()
+    torch.testing.assert_close(*logits, atol=3e-2, rtol=3e-2)  # the native form is stored in bfloat16
+    assert not torch.equal(logits[1], torch.zeros(()))
 
 
 def test_data_shows_the_mix_and_what_is_learnt(
