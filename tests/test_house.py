@@ -176,7 +176,11 @@ def normal(name: str) -> str:
 
 @pytest.mark.parametrize(
     ("roots", "file"),
-    [(("ming_app", "training", "app.py"), "requirements-bench.txt"), (("tests",), "requirements-dev.txt")],
+    [
+        (("ming_app", "app.py"), "requirements-bench.txt"),
+        (("training",), "requirements-eval.txt"),
+        (("tests",), "requirements-dev.txt"),
+    ],
 )
 def test_every_import_is_required(roots: tuple[str, ...], file: str) -> None:
     required = {normal(name) for name in requirements(file)}
@@ -191,6 +195,12 @@ def test_every_requirement_is_imported_and_explained() -> None:
         assert re.search(rf"^\s*(import|from) {module}\b", code, re.MULTILINE), f"nothing imports {name}"
     for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         assert not line or "#" in line, f"why is {line} needed?"
+
+
+def test_extras_are_imported_where_they_are_compared_with() -> None:
+    imports = third_party_imports("training")
+    assert imports["lm_eval"] == ROOT / "training" / "harness.py" and imports["peft"] == ROOT / "training" / "bench.py"
+    assert not {"lm-eval", "peft"} & set(requirements())
 
 
 def test_only_the_benchmark_imports_llama() -> None:

@@ -106,7 +106,7 @@ Masked chat loss on assistant turns and their end token; frozen bf16 base, AdamW
 |---:|---:|---:|---:|---:|---:|---:|---|---:|
 | {s["steps"]} | {s["active_minutes"]} | {o["lr"]:g} | {o["warmup"]:.0%} | {o["weight_decay"]:g} | {o["clip"]:g} | {s["router"]["balance"]:g} | {c.num_experts}, {c.top_k}, {c.rank}, {c.alpha:g} | {s["seed"]} |
 
-The recipe is `examples/recipes/{s["recipe"]}.toml`.
+The recipe is `training/recipes/{s["recipe"]}.toml`.
 """
 
 

@@ -1,4 +1,4 @@
-"""`python -m training data | train | evaluate | export`.
+"""`python -m training data | train | evaluate | bench | export`.
 
 Contract: `--json` gives exactly one JSON object on stdout, everything else goes to stderr; exit code 0 done, 1 failed
 or stopped before the end, 2 wrong use. Messages in the user's language.
@@ -18,7 +18,7 @@ from ming_app.console import Console, use_utf8
 from ming_app.errors import MingError, UsageError
 from ming_app.settings import Settings
 from training.files import write_text
-from training.recipe import Recipe, read_recipe
+from training.recipe import PRECISIONS, Recipe, read_recipe
 
 if TYPE_CHECKING:
     from ming_app.molora.checkpoint import Adapter
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--lang", choices=("en", "zh"), help="language of messages")
 
     train = commands.add_parser("train", parents=[common], help="train an adapter by a recipe")
-    train.add_argument("--recipe", required=True, help="TOML file, see examples/recipes")
+    train.add_argument("--recipe", required=True, help="TOML file, see training/recipes")
     train.add_argument("--run", dest="folder", help="run folder (default: runs/<name of the recipe>)")
     train.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
     train.set_defaults(run=_train)
@@ -90,6 +90,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--out", help="folder for evaluation.json, report.md and report.html")
     evaluate.set_defaults(run=_evaluate)
+
+    bench = commands.add_parser(
+        "bench", parents=[common], help="a step's time and memory: MoLoRA, PEFT's LoRA, dense experts"
+    )
+    bench.add_argument("--model", default="ming-moe-0.5b", help="catalogue name, folder or hub id of the base")
+    bench.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    bench.add_argument("--tokens", type=int, default=1024, help="tokens of a micro-batch")
+    bench.add_argument("--repeat", type=int, default=5)
+    bench.add_argument(
+        "--only", action="append", default=[], help="molora, lora, dense, molora_E2 ...; may be repeated"
+    )
+    bench.set_defaults(run=_bench)
 
     export = commands.add_parser("export", parents=[common], help="newest checkpoint of a run -> adapter folder")
     export.add_argument("--recipe", required=True)
@@ -239,6 +251,31 @@ def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, 
         write_text(out / "report.md", text)
         write_text(out / "report.html", evaluation_page(result))
         console.note(f"Written: {out}.", f"已写入：{out}。")
+    return result, 0
+
+
+# -- bench -------------------------------------------------------------------------------------------------------------
+
+
+def _bench(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], int]:
+    from training.bench import bench
+    from training.report import table
+
+    result = bench(options.model, options.precision, options.tokens, options.repeat, options.only, console)
+    head = ("variant", "seconds", "tokens/s", "kept GB", "peak GB")
+    rows = [
+        (
+            name,
+            f"{r['seconds']:.2f}",
+            f"{r['tokens_per_second']:.0f}",
+            f"{r['kept_gb']:.2f}",
+            r["peak_gb"] and f"{r['peak_gb']:.2f}",
+        )
+        for name, r in result["results"].items()
+    ]
+    console.line(table(head, rows))
+    console.line()
+    console.line(table(("ratio", ""), [(name, f"{value:.3f}") for name, value in result["ratios"].items()]))
     return result, 0
 
 

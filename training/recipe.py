@@ -22,6 +22,7 @@ from training.chat import DEFAULT_SYSTEM
 from training.errors import RecipeError
 from training.licences import FILTERS
 
+MAX_INCLUDES = 4
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 """tracker -> package it needs"""
 PRECISIONS = ("float32", "bf16", "int8", "nf4")
@@ -281,8 +282,18 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def read_toml(kind: Any, path: str | Path, what: str, leave_out: tuple[str, ...] = ()) -> Any:
-    """A dataclass of `kind` from a TOML file, every entry checked. Raises RecipeError."""
-    path = Path(path)
+    """A dataclass of `kind` from a TOML file, every entry checked. Raises RecipeError.
+
+    `include = "other.toml"` takes the entries of another file, beside it or by path; entries of the file itself come first,
+    table by table.
+    """
+    values = _read_values(Path(path), what, depth=0)
+    for name in leave_out:
+        values.pop(name, None)
+    return _build(kind, values, what)
+
+
+def _read_values(path: Path, what: str, depth: int) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -293,9 +304,18 @@ def read_toml(kind: Any, path: str | Path, what: str, leave_out: tuple[str, ...]
         raise RecipeError(
             f"The {what} {path.name} is not valid TOML: {error}.", f"{path.name} 不是有效的 TOML：{error}。"
         ) from error
-    for name in leave_out:
-        values.pop(name, None)
-    return _build(kind, values, what)
+    other = values.pop("include", "")
+    if not isinstance(other, str) or (other and depth >= MAX_INCLUDES):
+        raise _wrong("include", f"must name one file, and at most {MAX_INCLUDES} may follow one another")
+    return _merged(_read_values(path.parent / other, what, depth + 1), values) if other else values
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = {**below, **above}
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], dict) and isinstance(above[name], dict):
+            merged[name] = _merged(below[name], above[name])
+    return merged
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:

@@ -41,6 +41,7 @@ from training.metrics import (
     tidy,
     wilson,
 )
+from training.mix import is_held_out
 from training.readers import ChatRow, read_chats
 from training.recipe import read_toml
 
@@ -74,6 +75,8 @@ class Generation:
     file: str
     limit: int = 100
     max_new_tokens: int = 512
+    held_out: float = 0.0
+    """ask only rows that a recipe with this `held_out` keeps from training; 0: any"""
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,6 @@ class Suite:
     exam: tuple[Exam, ...] = ()
     nlp: tuple[Nlp, ...] = ()
     generation: tuple[Generation, ...] = ()
-    perplexity: tuple[str, ...] = ()
-    """recipes"""
     home: Path = Path(".")
     """folder of the suite's file, set when read"""
 
@@ -223,7 +224,10 @@ def measure_generation(
     suite: Suite, generation: Generation, backend: Backend, tokenizer: ChatTokenizer, tick: Tick | None
 ) -> dict[str, Any]:
     """{lang: {"ended", "in_language", "loops", "repetition", "tokens"}} of greedy answers to first questions."""
-    rows = spread(list(read_chats(suite.data(generation.file))), generation.limit)
+    rows = list(read_chats(suite.data(generation.file)))
+    if generation.held_out:
+        rows = [row for row in rows if is_held_out(row.id, generation.held_out)]
+    rows = spread(rows, generation.limit)
     prompts = [_prompt(suite, row, tokenizer, 1) for row in rows]
     answers = greedy_answers(backend, prompts, tokenizer.stop_ids, generation.max_new_tokens, tick=tick)
     result = {}

@@ -105,6 +105,7 @@ class Trainer:
         self._memory = FreedMemory() if base.device.type == "cpu" else None
         self._last_save = self._last_eval = self.progress.active_seconds
         self._records: list[tuple[Tensor, Tensor]] = []
+        self._evaluated = -1  # step of the last dev evaluation
         self._usual = 0.0  # running mean of the loss, for `explosion`
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -131,7 +132,8 @@ class Trainer:
         if stopped:
             self._log({"event": "interrupted", **self.progress.to_dict()})
             return Outcome("interrupted", self.folder, self.progress, None, last)
-        self._evaluate()
+        if self._evaluated != self.progress.step:
+            self._evaluate()
         folder = self.folder / "adapter"
         adapter = self.adapter()
         if self.processes.main:
@@ -279,7 +281,7 @@ class Trainer:
         report = dev_report(self.objective, self.mix.held_out(), self.recipe.adapter, batch_tokens, packing=packing)
         set_training(self.base.model, True)
         torch.set_rng_state(rng)
-        self._last_eval = self.progress.active_seconds
+        self._last_eval, self._evaluated = self.progress.active_seconds, self.progress.step
         names = self.recipe.save.best_by or tuple(report["loss"])
         score = sum(report["loss"][name] for name in names) / len(names)
         better = self.best is None or score < self.best
