@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.lang = Settings.load({"lang": options.lang}).message_lang()
         with console.capture():
             result, code = options.run(options, console)
-        console.result(result)
+        if result:
+            console.result(result)
         return code
     except MingError as error:
         return console.fail(error)
@@ -142,10 +143,13 @@ def _train(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any
     run = _run_folder(recipe, options.folder)
     base = _load(recipe.base, recipe, console)
     bar = _Bar(console)
-    outcome = Trainer(recipe, base, run, resume=options.resume, report=bar).run()
+    trainer = Trainer(recipe, base, run, resume=options.resume, report=bar)
+    outcome = trainer.run()
     bar.close()
-    curves = write_curves(run)
     finished = outcome.status == "finished"
+    if not trainer.processes.main:  # one of several processes speaks and writes
+        return {}, 0 if finished else 1
+    curves = write_curves(run)
     if finished:
         console.note(
             f"Finished: {outcome.adapter}, curves in {curves}.", f"训练完成：{outcome.adapter}，曲线见 {curves}。"

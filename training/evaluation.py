@@ -21,6 +21,7 @@ from ming_app.settings import Settings
 from training.base import Base, load_base
 from training.chat import ChatTokenizer
 from training.letters import LetterTask, Scorer, score_letters, score_letters_served
+from training.memory import FreedMemory
 from training.recipe import Recipe
 from training.suite import Suite, measure_exam, measure_generation, measure_nlp
 
@@ -85,6 +86,8 @@ def _training_form(
     if plan.recipe:
         device, precision, packing = plan.recipe.device, plan.recipe.precision, plan.recipe.data.packing
     base: Base = load_base(plan.model, device, precision, console.progress, packing=packing)
+    if base.device.type == "cpu":
+        FreedMemory()
     adapter = folder and load_adapter(folder, base_fingerprint=base.fingerprint, base_config=base.config)
     samples = Mix(plan.recipe, base.tokenizer).held_out() if plan.recipe else {}
     exams = () if plan.precision else suite.exam

@@ -13,7 +13,7 @@ from training.schedule import Progress, learning_rate
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "training" / "recipes").glob("ming-moe-*.toml")), ids=lambda p: p.stem)
 def test_shipped_recipes_read(path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.name == path.stem and recipe.data.licences == "stated"
