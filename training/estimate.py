@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ming_app.molora.checkpoint import Adapter, expected_shapes
+from training.losses import HEAD_CHUNK
 from training.recipe import Recipe
 
 BYTES = {"float32": 4.0, "bf16": 2.0, "int8": 1.02, "nf4": 0.5625}
 """per weight, scales counted"""
 LEARNT = 0.25  # share of tokens that the loss looks at
-LOGITS = 256  # positions of one chunk (losses.HEAD_CHUNK)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def estimate(recipe: Recipe, shape: Mapping[str, Any]) -> Estimate:
     return Estimate(
         (linears * BYTES[recipe.precision] + tables * exact) / 1e9,
         experts * 16 / 1e9,
-        (kept + 2 * LOGITS * shape["vocab_size"] * exact) / 1e9,
+        (kept + 2 * HEAD_CHUNK * shape["vocab_size"] * exact) / 1e9,
         passes * (linears + experts) + 4 * vocabulary * LEARNT,
     )
 

@@ -1,7 +1,7 @@
 """One process or many, by Hugging Face accelerate: what the trainer needs of it.
 
 `python -m training train` is one process. `accelerate launch [--num_processes N | --config_file F] -m training train ...` (on
-CPUs: `torchrun --nproc_per_node N -m training train ...`) is as many as it says, on one node or several: DDP, or FSDP2
+CPUs: `torchrun --nproc_per_node N -m -- training train ...`) is as many as it says, on one node or several: DDP, or FSDP2
 (whose parameters are DTensors, each process holding a slice).
 Every process draws the same mix and takes every N-th micro-batch of a step, so N processes give the losses of one with the
 same recipe.

@@ -20,7 +20,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -166,15 +167,24 @@ def save_adapter(folder: str | os.PathLike[str], adapter: Adapter, dtype: str = 
         "base_fingerprint": adapter.base_fingerprint,
         "training": dict(adapter.summary),
     }
+    with staged_folder(folder, ("adapter.safetensors", "config.json")) as staging:
+        arrays = {name: np.ascontiguousarray(array.astype(target)) for name, array in sorted(adapter.tensors.items())}
+        save_file(arrays, staging / "adapter.safetensors")
+        (staging / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def staged_folder(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A temporary folder beside `folder` to write the files `names` into. At the end a new `folder` appears whole or not at
+    all; in an existing one each file is replaced in one step, in the order of `names`. Raises AdapterError."""
     staging: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        arrays = {name: np.ascontiguousarray(array.astype(target)) for name, array in sorted(adapter.tensors.items())}
-        save_file(arrays, staging / "adapter.safetensors")
-        (staging / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
+        yield staging
         if folder.exists():
-            for name in ("adapter.safetensors", "config.json"):
+            for name in names:
                 os.replace(staging / name, folder / name)
         else:
             staging.chmod(0o755)
@@ -187,7 +197,6 @@ def save_adapter(folder: str | os.PathLike[str], adapter: Adapter, dtype: str = 
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
-    return folder
 
 
 def check_tensors(adapter: Adapter, base_config: Mapping[str, Any] | None) -> None:

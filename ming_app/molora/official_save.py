@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ming_app.errors import AdapterError
-from ming_app.molora.checkpoint import Adapter, check_tensors
+from ming_app.molora.checkpoint import Adapter, check_tensors, staged_folder
 from ming_app.molora.config import PROJECTIONS
 
 FILES = ("non_lora_trainables.bin", "adapter_model.safetensors", "adapter_config.json", "config.json")
@@ -27,7 +24,7 @@ FILES = ("non_lora_trainables.bin", "adapter_model.safetensors", "adapter_config
 def save_official(
     folder: str | os.PathLike[str], adapter: Adapter, base_config: Mapping[str, Any], base: str = ""
 ) -> Path:
-    """Writes the four files into `folder`, made if need be; each appears whole, config.json last. Tensors are float32.
+    """Writes the four files into `folder` (see `staged_folder`), config.json last. Tensors are float32.
 
     `base_config`: config.json of the base; `base`: its name or path, for PEFT. Raises AdapterError.
     """
@@ -37,25 +34,12 @@ def save_official(
     adapter = adapter.padded()
     check_tensors(adapter, base_config)
     folder = Path(folder)
-    staging: Path | None = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with staged_folder(folder, FILES) as staging:
         experts = {name: torch.from_numpy(np.array(value)) for name, value in ffn_tensors(adapter).items()}
         torch.save(experts, staging / FILES[0])
         save_file(attention_tensors(adapter), staging / FILES[1])
         for name, values in ((FILES[2], peft_config(adapter, base)), (FILES[3], model_config(adapter, base_config))):
             (staging / name).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
-        for name in FILES:
-            os.replace(staging / name, folder / name)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise AdapterError(
-            f"The adapter could not be written to {folder}: {reason}.", f"无法将适配器写入 {folder}：{reason}。"
-        ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
