@@ -54,9 +54,6 @@ class Batch:
     weights: np.ndarray
     """float32 [N], what each one's loss counts"""
     samples: tuple[Sample, ...]
-    stream_of: np.ndarray
-    """int64 [T], index into `streams`; padding too, so combine with `real`"""
-    streams: tuple[str, ...]
     sample_of: np.ndarray
     """int64 [T], index into `samples` of a sample's own tokens; -1 for padding and for what several share"""
 
@@ -144,8 +141,7 @@ def make_batch(groups: Sequence[_Group]) -> Batch:
     parts = tuple(group.part for group in groups)
     total = sum(part.tokens for part in parts)
     ids, positions = np.zeros(total, np.int64), np.zeros(total, np.int64)
-    real, stream_of = np.zeros(total, bool), np.zeros(total, np.int64)
-    streams = tuple(sorted({s.stream for group in groups for s in group.samples}))
+    real = np.zeros(total, bool)
     sample_of = np.full(total, -1, np.int64)
     learn_at, targets, weights = [], [], []
     at = count = 0
@@ -154,7 +150,6 @@ def make_batch(groups: Sequence[_Group]) -> Batch:
         ids[at : at + part.shared] = first.encoded.ids[: part.shared]
         positions[at : at + part.shared] = np.arange(part.shared)
         real[at : at + part.shared] = True
-        stream_of[at : at + part.shared] = streams.index(first.stream)
         at += part.shared
         for sample in group.samples:
             own, mask = sample.encoded.ids[part.shared :], sample.encoded.mask[part.shared :]
@@ -163,7 +158,6 @@ def make_batch(groups: Sequence[_Group]) -> Batch:
             sample_of[at : at + len(own)] = count
             count += 1
             positions[at : at + part.length] = part.shared + np.arange(part.length)
-            stream_of[at : at + part.length] = streams.index(sample.stream)
             learnt = np.flatnonzero(mask[1:]) + 1  # the very first token of all has no state before it
             learn_at.append(at + learnt - 1)
             targets.append(own[learnt])
@@ -178,7 +172,5 @@ def make_batch(groups: Sequence[_Group]) -> Batch:
         np.concatenate(targets).astype(np.int64),
         np.concatenate(weights),
         tuple(s for group in groups for s in group.samples),
-        stream_of,
-        streams,
         sample_of,
     )

@@ -137,7 +137,7 @@ def test_a_stream_weighs_its_answer_tokens(write_recipe, tokenizer: ChatTokenize
     )
     seen = set()
     for _, _, batch in islice(mix.batches(0), 4):
-        streams = [batch.streams[i] for i in batch.stream_of[batch.learn_at]]
+        streams = [batch.samples[i].stream for i in batch.sample_of[batch.learn_at]]
         assert batch.weights.tolist() == [10.0 if stream == "letters" else 1.0 for stream in streams]
         seen |= set(streams)
     assert seen == {"qa", "letters"}
