@@ -103,7 +103,11 @@ def router_figures(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]
             f" ({recorded[-1]['dead_experts']} dead), entropy in units of log E",
             height=560,
             template="plotly_white",
-            coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": {"x": 0.73, "len": 0.9, "title": "share"}},
+            coloraxis={
+                "colorscale": "Viridis",
+                "cmin": 0,
+                "colorbar": {"orientation": "h", "x": 0.36, "y": -0.3, "len": 0.7},
+            },
             coloraxis2={"colorscale": "Cividis", "cmin": 0, "cmax": 1, "colorbar": {"x": 1.0, "len": 0.9}},
         )
         figures.append(figure)
@@ -115,7 +119,8 @@ def router_figures(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]
         figure.update_layout(
             title="How far each stream's routing lies from that of all streams, by layer (total variation, mean of projections)",
             xaxis_title="layer",
-            height=120 + 34 * len(names),
+            height=240 + 34 * len(names),
+            xaxis_dtick=1 if len(next(iter(distance.values()))) < 12 else 4,
             template="plotly_white",
         )
         figures.append(figure)
