@@ -30,6 +30,8 @@ class Base:
     model: Any
     tokenizer: ChatTokenizer
     config: dict[str, Any]
+    precision: str
+    """of the linears: float32, bf16, int8 or nf4"""
 
     @property
     def device(self) -> torch.device:
@@ -48,10 +50,20 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def pick_precision(wanted: str, device: torch.device) -> str:
+    """auto: bf16 where the device computes in it, else float32 (a CPU without bf16 arithmetic emulates it, several times
+    slower than float32). A torch too old to tell what a CPU can do counts as a CPU without."""
+    if wanted != "auto":
+        return wanted
+    can = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = device.type != "cpu" or any(can.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last: ARM
+    return "bf16" if fast else "float32"
+
+
 def load_base(
     name: str,
     device: str = "auto",
-    precision: str = "bf16",
+    precision: str = "auto",
     progress: ProgressCallback | None = None,
     *,
     packing: bool = True,
@@ -68,11 +80,12 @@ def load_base(
     where = pick_device(device)
     attention.register()
     kind = attention.NAME if packing else "sdpa"
+    precision = pick_precision(precision, where)
     loaded = load_torch_model(local, None, precision, str(where), progress, attention=kind)
     model = loaded.model.requires_grad_(False)
     set_training(model, False)
     tokenizer = ChatTokenizer.from_folder(local.home)
-    return Base(local.name, _base_title(local.title), local.fingerprint, model, tokenizer, dict(loaded.config))
+    return Base(local.name, _base_title(local.title), local.fingerprint, model, tokenizer, dict(loaded.config), precision)
 
 
 def set_training(model: Any, on: bool) -> None:

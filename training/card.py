@@ -100,7 +100,7 @@ def _method(adapter: Adapter) -> str:
     return f"""\
 ## How
 
-Masked chat loss on assistant turns and their end token; frozen bf16 base, AdamW on float32 adapter weights.
+Masked chat loss on assistant turns and their end token; frozen base in {s["precision"]}, AdamW on float32 adapter weights.
 
 | steps | minutes on two CPU cores | peak lr | warm-up | weight decay | clip | balance loss | E, k, r, alpha | seed |
 |---:|---:|---:|---:|---:|---:|---:|---|---:|
@@ -111,7 +111,8 @@ The recipe is `training/recipes/{s["recipe"]}.toml`.
 
 
 def _measured(evaluation: Mapping[str, Any]) -> str:
-    text = "## Measured\n\nBase and adapter by the same program in the same precision (bf16, CPU).\n"
+    precisions = ", ".join(f"{what} in {precision}" for what, precision in evaluation["precision"].items())
+    text = f"## Measured\n\nBase and adapter by the same program in the same precision ({precisions}).\n"
     exams = evaluation.get("exam", {})
     if exams:
         text += """

@@ -95,8 +95,8 @@ def router_figures(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]
         for i in range(len(PROJECTIONS)):
             colours = {"coloraxis": "coloraxis", "x": [f"expert {e}" for e in range(load.shape[2])]}
             figure.add_trace(go.Heatmap(z=load[:, i], hovertemplate="layer %{y}, %{x}: %{z:.1%}", **colours), 1, i + 1)
-        entropy = np.asarray(recorded[-1]["entropy_by_layer"])
         about: dict[str, Any] = {"x": list(PROJECTIONS), "coloraxis": "coloraxis2"}
+        entropy = recorded[-1].get("entropy_by_layer")  # older runs lack it
         figure.add_trace(go.Heatmap(z=entropy, hovertemplate="layer %{y}, %{x}: %{z:.3f}", **about), 1, 4)
         figure.update_layout(
             title=f"Routers around step {recorded[-1]['step']}: share of each expert by layer"

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ class Plan:
     recipe: Recipe | None = None
     limit: int = 0
     precision: str | None = None
-    """of the engine; None: exams on the training form in bf16, answers in the engine's usual precision"""
+    """of the engine; None: exams on the training form as in training, answers in the engine's usual precision"""
     with_base: bool = True
 
 
@@ -57,7 +57,7 @@ def evaluate(plan: Plan, console: Console) -> dict[str, Any]:
         "base": local.title,
         "fingerprint": local.fingerprint,
         "adapter": str(local.adapter) if local.adapter else None,
-        "precision": {"exam": plan.precision or "bf16"},
+        "precision": {},
         "exam": {},
         "dev": {},
         "nlp": {},
@@ -82,7 +82,7 @@ def _training_form(
     from training.mix import Mix
     from training.step import Objective
 
-    device, precision, packing = ("auto", "bf16", True)
+    device, precision, packing = ("auto", "auto", True)
     if plan.recipe:
         device, precision, packing = plan.recipe.device, plan.recipe.precision, plan.recipe.data.packing
     base: Base = load_base(plan.model, device, precision, console.progress, packing=packing)
@@ -91,6 +91,7 @@ def _training_form(
     adapter = folder and load_adapter(folder, base_fingerprint=base.fingerprint, base_config=base.config)
     samples = Mix(plan.recipe, base.tokenizer).held_out() if plan.recipe else {}
     exams = () if plan.precision else suite.exam
+    result["precision"] |= dict.fromkeys([*(["loss"] if plan.recipe else []), *(["exam"] if exams else [])], base.precision)
     scorer = partial(_scored, console, partial(score_letters, base.model))
     for kind in kinds:
         state, top_k = None, 1
@@ -126,7 +127,7 @@ def _served(
     settings = Settings.load({"model": plan.model, "adapter": adapter, "precision": plan.precision})
     engine = Engine.load(settings, console.progress)
     try:
-        result["precision"]["answers"] = engine.info.precision
+        result["precision"] |= dict.fromkeys(["answers", *(["exam"] if plan.precision else [])], engine.info.precision)
         backend: Backend = engine.backend
         if plan.precision:
             scorer = partial(_scored, console, partial(score_letters_served, backend))
@@ -136,7 +137,7 @@ def _served(
         for name, part, measure in parts:
             console.note(f"Answers of the {kind} to {part.file}.", f"正在生成回答：{kind}，{part.file}。")
             figures = measure(suite, part, backend, tokenizer, _tick(console))
-            result[name].setdefault(Path(part.file).name, {})[kind] = figures
+            result[name].setdefault(_label(part, getattr(suite, name)), {})[kind] = figures
     finally:
         engine.close()
 
@@ -151,9 +152,15 @@ def _exams(
     console: Console,
 ) -> None:
     for exam in exams:
-        name = Path(exam.file).name
+        name = _label(exam, exams)
         console.note(f"Measuring the {kind} on {name}.", f"正在用 {name} 评测 {kind}。")
         result["exam"].setdefault(name, {})[kind] = measure_exam(suite, exam, scorer, tokenizer)
+
+
+def _label(part: Any, parts: Sequence[Any]) -> str:
+    """The file's name, or its path as the suite writes it where another file of the same kind has that name."""
+    name = Path(part.file).name
+    return name if sum(Path(other.file).name == name for other in parts) == 1 else str(part.file)
 
 
 def _scored(console: Console, scorer: Callable[..., list[np.ndarray]], tasks: list[LetterTask]) -> list[np.ndarray]:

@@ -15,7 +15,8 @@ KINDS = ("base", "adapter")
 def evaluation_text(result: Mapping[str, Any]) -> str:
     """Markdown, base beside adapter."""
     adapter = Path(result["adapter"]).name if result["adapter"] else "none"
-    parts = [f"# {result['model']}\n\nBase: {result['base']}. Adapter: {adapter}."]
+    precisions = ", ".join(f"{what} in {precision}" for what, precision in result["precision"].items())
+    parts = [f"# {result['model']}\n\nBase: {result['base']}. Adapter: {adapter}. Measured: {precisions}."]
     parts += [_exam_text(file, kinds) for file, kinds in result["exam"].items()]
     parts += [_nlp_text(file, kinds) for file, kinds in result["nlp"].items()]
     parts += [_generation_text(file, kinds) for file, kinds in result["generation"].items()]

@@ -54,6 +54,7 @@ def run_summary(mix: Mix, run: Path, progress: dict[str, Any]) -> dict[str, Any]
         "wall_minutes": round(progress["wall_seconds"] / 60, 1),
         "optimizer": recipe.to_dict()["optimizer"],
         "router": recipe.to_dict()["router"],
+        "precision": starts[-1].get("precision", recipe.precision),
         "seed": recipe.seed,
         "licence_filter": recipe.data.licences,
         "held_out": {row["stream"]: row["held_out"] for row in starts[-1]["mix"]},

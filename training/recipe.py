@@ -25,7 +25,7 @@ from training.licences import FILTERS
 MAX_INCLUDES = 4
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 """tracker -> package it needs"""
-PRECISIONS = ("float32", "bf16", "int8", "nf4")
+PRECISIONS = ("auto", "float32", "bf16", "int8", "nf4")
 EXAM_FORMATS = ("exam_letter", "exam_reasoning")
 FORMATS = (*readers.FORMATS, *EXAM_FORMATS)
 
@@ -228,8 +228,9 @@ class Recipe:
     start: Start = field(default_factory=Start)
     save: Saving = field(default_factory=Saving)
     seed: int = 1
-    precision: str = "bf16"
-    """of the frozen base: float32, bf16, or int8 and nf4 by bitsandbytes (QLoRA)"""
+    precision: str = "auto"
+    """of the frozen base: float32, bf16, int8 or nf4 by bitsandbytes (QLoRA); auto: bf16 where the device computes in it,
+    else float32"""
     gradient_checkpointing: bool = False
     """forget activations inside each layer and compute them anew in the backward pass: less memory, a third more time"""
     device: str = "auto"
@@ -285,7 +286,8 @@ def read_toml(kind: Any, path: str | Path, what: str, leave_out: tuple[str, ...]
     """A dataclass of `kind` from a TOML file, every entry checked. Raises RecipeError.
 
     `include = "other.toml"` takes the entries of another file, beside it or by path; entries of the file itself come first,
-    table by table.
+    table by table. Tables of a list that have the same `name` in both files are one table, so a recipe may say of an
+    included stream only what differs.
     """
     values = _read_values(Path(path), what, depth=0)
     for name in leave_out:
@@ -315,7 +317,21 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for name in below.keys() & above.keys():
         if isinstance(below[name], dict) and isinstance(above[name], dict):
             merged[name] = _merged(below[name], above[name])
+        elif _are_named(below[name]) and _are_named(above[name]):
+            merged[name] = list(_merged(_by_name(below[name]), _by_name(above[name])).values())
     return merged
+
+
+def _are_named(value: Any) -> bool:
+    """A list of tables, each with a `name` of its own."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return False
+    names = [entry.get("name") for entry in value]
+    return all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+
+
+def _by_name(tables: list[dict[str, Any]]) -> dict[str, Any]:
+    return {table["name"]: table for table in tables}
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:

@@ -114,7 +114,7 @@ class Trainer:
         """Trains until the budget is used up or a signal arrives."""
         if self.processes.main:
             write_text(self.folder / "recipe.json", json.dumps(self.recipe.to_dict(), indent=1, ensure_ascii=False))
-        about = {"processes": self.processes.count, "mix": self.mix.summary()}
+        about = {"processes": self.processes.count, "precision": self.base.precision, "mix": self.mix.summary()}
         self._log({"event": "start", **about, **self.progress.to_dict()})
         if self.recipe.save.trackers:
             self.processes.accelerator.init_trackers(self.recipe.name)

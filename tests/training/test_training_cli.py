@@ -53,7 +53,18 @@ def test_train_evaluate_export(write_recipe, base: Base, corpus: Path, capsys: p
 
     code, served = run(capsys, *words, "--precision", "float32", "--skip-base")
     assert code == 0 and set(served["exam"]["dev.jsonl"]) == {"adapter"}
-    assert served["precision"] == {"exam": "float32", "answers": "float32"}
+    assert served["precision"] == {"loss": "float32", "answers": "float32", "exam": "float32"}
+
+    assert "Measured: loss in float32, exam in float32." in (corpus / "measured" / "report.md").read_text()
+
+    (corpus / "other").mkdir()
+    other = write_lines(corpus / "other" / "dev.jsonl", [question(200)])
+    words = ("evaluate", "--model", result["model"], "--adapter", "none", "--exam", exam, "--exam", other, "--json")
+    code, named_alike = run(capsys, *words)
+    assert code == 0 and {name: kinds["base"]["n"] for name, kinds in named_alike["exam"].items()} == {
+        str(exam): 5,
+        str(other): 1,
+    }
 
     (corpus / "eval.json").write_text(json.dumps(result))
     words = (

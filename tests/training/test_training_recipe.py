@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,18 @@ def test_errors_name_the_entry(write_recipe, old: str, new: str, named: str) -> 
 def test_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         read_recipe(tmp_path / "none.toml")
+
+
+def test_a_stream_of_an_included_file_is_changed_by_its_name(write_recipe) -> None:
+    included = write_recipe()
+    below = read_recipe(included)
+    above = included.with_name("above.toml")
+    changes = '[[stream]]\nname = "letters"\nweight = 5\nmax_length = 99\n\n[[stream]]\nname = "more"\nfile = "qa.jsonl"\n'
+    above.write_text(f'include = "{included.name}"\n\n{changes}', encoding="utf-8")
+    recipe = read_recipe(above)
+    assert [stream.name for stream in recipe.stream] == ["qa", "letters", "more"]
+    assert recipe.stream[0] == below.stream[0]
+    assert recipe.stream[1] == replace(below.stream[1], weight=5.0, max_length=99)
 
 
 def test_identity_ignores_what_a_resumption_may_change(write_recipe) -> None:
