@@ -1,6 +1,7 @@
 """RouterTrace: shape contract, files that round-trip, and damaged or hostile files that are refused."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import zipfile
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from ming_app.errors import TraceError
-from ming_app.molora.trace import RouterTrace, TraceToken
+from ming_app.molora.trace import RouterTrace, Segment, TraceToken, merge
+from ming_app.molora.trace_file import header_of
 
 
 def make(tokens: int = 6, layers: int = 2, experts: int = 4, k: int = 2) -> RouterTrace:
@@ -41,6 +43,63 @@ def test_files_round_trip(tmp_path, suffix):
     assert [p.name for p in tmp_path.iterdir()] == [f"t{suffix}"]
 
 
+def full(tokens: int = 6, layers: int = 2) -> RouterTrace:
+    """A trace with all that can be recorded."""
+    trace, rng = make(tokens, layers), np.random.default_rng(1)
+    rows = tuple(
+        dataclasses.replace(t, others=((" is", -0.25), ("龘", -2.5))) if t.logprob else t for t in trace.tokens
+    )
+    return dataclasses.replace(
+        trace,
+        tokens=rows,
+        probabilities=rng.dirichlet(np.ones(4), trace.experts.shape[:3]).astype(np.float16),
+        contributions=rng.random(trace.experts.shape).astype(np.float16),
+        segments=(Segment(0, "first", {"language": "zh"}), Segment(2, "second")),
+    )
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".json"])
+def test_all_that_can_be_recorded_round_trips(tmp_path, suffix):
+    trace = full()
+    back = RouterTrace.load(trace.save(tmp_path / f"t{suffix}"))
+    assert (back.tokens, back.segments) == (trace.tokens, trace.segments)
+    for name in ("probabilities", "contributions"):
+        ours, theirs = getattr(back, name), getattr(trace, name)
+        assert ours.dtype == np.float16 and np.abs(ours.astype(float) - theirs.astype(float)).max() < 1e-3
+    assert list(back.segment_of()) == [0, 0, 1, 1, 1, 1]
+    assert list(back.is_answer()) == [False, False, True, True, True, True]
+
+
+def test_a_file_of_schema_1_is_read(tmp_path):
+    trace, path = make(), tmp_path / "t.json"
+    body = json.loads(trace.save(path).read_text())
+    del body["segments"]
+    body |= {"schema": 1, "tokens": [row[:5] for row in body["tokens"]]}
+    path.write_text(json.dumps(body))
+    assert RouterTrace.load(path).tokens == trace.tokens
+
+
+def test_merged_traces_keep_their_texts_apart():
+    one, two = full(), make(3)
+    merged = merge([(one, Segment(0, "a", {"language": "zh"})), (two, Segment(0, "b"))])
+    assert merged.segments == (Segment(0, "a", {"language": "zh"}), Segment(6, "b"))
+    assert np.array_equal(merged.experts, np.concatenate([one.experts, two.experts]))
+    assert merged.pieces() == one.pieces() + [(text, [i + 6 for i in members]) for text, members in two.pieces()]
+    assert merged.probabilities is None and merged.contributions is None  # the second did not record them
+    assert merge([(one, Segment(0, "a"))] * 2).contributions.shape[0] == 12
+
+
+def test_only_traces_of_one_model_are_merged():
+    other = dataclasses.replace(make(), fingerprint="g")
+    for traces in (
+        [],
+        [(make(), Segment(0, "a")), (other, Segment(0, "b"))],
+        [(make(), Segment(0, "a")), (make(6, 3), Segment(0, "b"))],
+    ):
+        with pytest.raises(TraceError):
+            merge(traces)
+
+
 def test_pieces_join_the_tokens_of_one_character():
     assert make().pieces() == [("龘", [0, 1]), (" is", [2]), (" a", [3]), ("🫀", [4, 5])]
 
@@ -51,8 +110,8 @@ def test_top_expert_is_the_first_of_the_row():
 
 
 def test_four_thousand_tokens_stay_small(tmp_path):
-    path = make(4000, 24).save(tmp_path / "t.npz")
-    assert path.stat().st_size < 5_000_000
+    assert make(4000, 24).save(tmp_path / "t.npz").stat().st_size < 5_000_000
+    assert full(4000, 24).save(tmp_path / "all.npz").stat().st_size < 10_000_000
 
 
 def test_wrong_arrays_are_refused():
@@ -65,6 +124,11 @@ def test_wrong_arrays_are_refused():
         {"tokens": good.tokens[:-1]},
         {"num_experts": 0},
         {"projections": ("gate", "down", "up")},
+        {"probabilities": full().probabilities[..., :3]},
+        {"contributions": full().contributions.astype(np.float32)},
+        {"contributions": np.full_like(good.weights, -1)},
+        {"segments": (Segment(1, "late"),)},
+        {"segments": (Segment(0, "a"), Segment(6, "beyond"))},
     ):
         fields = {"experts": good.experts, "weights": good.weights, "tokens": good.tokens, "num_experts": 4, **changes}
         with pytest.raises(TraceError):
@@ -86,7 +150,7 @@ def repack(path, **members) -> None:
 
 def test_hostile_archives_are_refused(tmp_path):
     trace, path = make(), tmp_path / "t.npz"
-    header = np.frombuffer(json.dumps(trace._header()).encode(), np.uint8)
+    header = np.frombuffer(json.dumps(header_of(trace)).encode(), np.uint8)
     repack(path, header=np.array([{"x": 1}], dtype=object), experts=trace.experts, weights=trace.weights)
     with pytest.raises(TraceError):
         RouterTrace.load(path)
@@ -106,7 +170,7 @@ def test_an_array_that_claims_more_than_it_holds_is_refused(tmp_path):
     liar = io.BytesIO()
     np.lib.format.write_array_header_1_0(liar, {"descr": "|u1", "fortran_order": False, "shape": (1 << 46,)})
     header = io.BytesIO()
-    np.save(header, np.frombuffer(json.dumps(trace._header()).encode(), np.uint8))
+    np.save(header, np.frombuffer(json.dumps(header_of(trace)).encode(), np.uint8))
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in (("header", header), ("experts", liar), ("weights", liar)):
             archive.writestr(f"{name}.npy", data.getvalue())
@@ -146,6 +210,11 @@ def test_tampered_json_is_refused(tmp_path):
         {"experts": "zzz"},
         {"num_experts": "4"},
         {"config": []},
+        {"segments": [[0, "a", ["zh"]]]},
+        {"segments": [[0, "a"]]},
+        {"tokens": good["tokens"][:-1] + [[1, "b", "answer", 0, None, [["x", 5]]]]},
+        {"tokens": good["tokens"][:-1] + [[1, "b", "answer", 0, None, [["x", -1]] * 50]]},
+        {"probabilities": [[[[1]]]]},
     )
     for change in changes:
         path.write_text(json.dumps({**good, **change}))
