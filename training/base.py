@@ -6,6 +6,7 @@ or through `ming_app.models`: catalogue name -> fetched file -> tensors one at a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def pick_precision(wanted: str, device: torch.device) -> str:
     slower than float32). A torch too old to tell what a CPU can do counts as a CPU without."""
     if wanted != "auto":
         return wanted
-    can = getattr(torch.cpu, "get_capabilities", dict)()
+    can: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     fast = device.type != "cpu" or any(can.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last: ARM
     return "bf16" if fast else "float32"
 
