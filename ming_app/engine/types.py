@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from ming_app.errors import UsageError
+from ming_app.molora.config import PROJECTIONS
 from ming_app.molora.trace import RouterTrace, TraceToken
 
 
@@ -18,6 +19,26 @@ class Message:
 
     role: str
     content: str
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One change of the adapter for one request; see interventions.py. `value`: the expert (ban, force) or k."""
+
+    KINDS: ClassVar[tuple[str, ...]] = ("ban", "force", "k", "uniform", "off", "base")
+    kind: str
+    value: int | None = None
+    layers: tuple[int, int] | None = None
+    """first and last, both included; None: all"""
+    projections: tuple[str, ...] = PROJECTIONS
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.projections if name not in PROJECTIONS]
+        if self.kind not in self.KINDS or unknown or not self.projections:
+            raise UsageError(
+                f"An intervention is one of {', '.join(self.KINDS)}, on some of {', '.join(PROJECTIONS)}.",
+                f"干预类型应为 {'、'.join(self.KINDS)} 之一，作用于 {'、'.join(PROJECTIONS)} 中的若干个。",
+            )
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,8 @@ class SamplingParams:
     trace: bool = True
     router_bias: np.ndarray | None = None
     """float32 [L, P, E] added to the router logits of this request: -inf-like bans an expert, large forces it"""
+    interventions: tuple[Intervention, ...] = ()
+    """what this request changes in the adapter, on top of `router_bias`"""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -135,16 +158,50 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """How B rows mix their experts where they differ from the adapter's training."""
+
+    top_k: np.ndarray
+    """uint8 [B, L, P], 1..E: experts chosen"""
+    uniform: np.ndarray
+    """bool [B, L, P]: those chosen weigh alike"""
+    strength: np.ndarray
+    """float32 [B, L, P]: factor of their sum; 0 switches them off"""
+    attention: np.ndarray
+    """float32 [B, L]: factor of the layer's attention LoRA"""
+
+    @classmethod
+    def unchanged(cls, batch: int, layers: int, projections: int, top_k: int) -> Gates:
+        """As trained."""
+        cells = (batch, layers, projections)
+        return cls(
+            np.full(cells, top_k, np.uint8),
+            np.zeros(cells, bool),
+            np.ones(cells, np.float32),
+            np.ones(cells[:2], np.float32),
+        )
+
+    def changes_nothing(self, top_k: int) -> bool:
+        """Whether all rows mix as trained with this k."""
+        plain = (self.top_k == top_k).all() and (self.strength == 1).all() and (self.attention == 1).all()
+        return bool(plain and not self.uniform.any())
+
+
+@dataclass(frozen=True)
 class Step:
     """Result of one backend call over B rows.
 
     `logits`: float32 [B, V] of each row's last token, or a list of [s_b, V] with all_logits.
-    `experts[b]` uint8 [s_b, L, P, k], `weights[b]` float16 [s_b, L, P, k]; both None without adapter.
+    `experts[b]` uint8 [s_b, L, P, k], `weights[b]` float16 [s_b, L, P, k]; both None without adapter. With gates, k is
+    the largest of them, and experts beyond a cell's own k have weight 0. `probabilities[b]` float16 [s_b, L, P, E] and
+    `contributions[b]` float16 [s_b, L, P, k] (see RouterTrace) where they were asked for.
     """
 
     logits: Any
     experts: list[np.ndarray] | None
     weights: list[np.ndarray] | None
+    probabilities: list[np.ndarray] | None = None
+    contributions: list[np.ndarray] | None = None
 
 
 class Cache(Protocol):
@@ -181,9 +238,12 @@ class Backend(Protocol):
         cache: Any,  # the Cache that this backend's own new_cache made
         *,
         router_bias: np.ndarray | None = None,
+        gates: Gates | None = None,
         all_logits: bool = False,
+        measure: bool = False,
     ) -> Step:
-        """Appends ids[b] (int64 [s_b], s_b >= 1) to row b of the cache. `router_bias` float32 [B, L, P, E] or None.
+        """Appends ids[b] (int64 [s_b], s_b >= 1) to row b of the cache. `router_bias` float32 [B, L, P, E] or None;
+        `gates` of B rows or None; `measure`: record probabilities and contributions too.
 
         Raises ValueError when a row would exceed the cache's capacity; the cache is then unchanged.
         """

@@ -93,7 +93,7 @@ def inject_molora(model: nn.Module, config: MoLoRAConfig, *, attention: bool = T
         for layer, block in enumerate(_attention_blocks(model, config)):
             for target in config.attention_targets:
                 base = getattr(block, target)
-                lora = LoRALinear(base, config, next(base.parameters()).device)
+                lora = LoRALinear(base, config, next(base.parameters()).device, layer, state)
                 setattr(block, target, lora)
                 wrapped_attention[layer, target] = lora
     for added in [*linears.values(), *wrapped_attention.values()]:

@@ -29,6 +29,21 @@ from ming_app.molora.config import PROJECTIONS, MoLoRAConfig
 GATHER_TOKENS = 4  # up to here reading k slices of B beats the dense GEMM over all E (measured on two cores)
 
 
+@dataclass(frozen=True)
+class GateTensors:
+    """Changes to how B rows mix their experts; see engine.types.Gates."""
+
+    top_k: Tensor
+    """int64 [B, L, P]"""
+    uniform: Tensor
+    """bool [B, L, P]"""
+    strength: Tensor
+    """float32 [B, L, P]"""
+    attention: Tensor
+    """float32 [B, L]"""
+    largest_k: int
+
+
 @dataclass
 class RoutingState:
     """What all MoLoRA linears of one model share during a forward: the bias they add and the record they keep.
@@ -40,20 +55,28 @@ class RoutingState:
     """write the chosen experts and weights of each forward into `experts` and `weights`"""
     bias: Tensor | None = None
     """float32 [B, L, P, E], added to the router logits of row b of the batch"""
+    gates: GateTensors | None = None
+    """None: k, weights and strength as trained"""
+    measure: bool = False
+    """write `probabilities` and `contributions` too"""
     generator: torch.Generator | None = None
     """for expert_selection="sampling" """
     experts: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """(layer, projection) -> int64 [..., k] of the last forward"""
     weights: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """(layer, projection) -> float32 [..., k]"""
+    probabilities: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """(layer, projection) -> float32 [..., E]"""
+    contributions: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """(layer, projection) -> float32 [..., k]: norm of what each chosen expert adds over that of the base's output"""
     collect_logits: bool = False
     """append (layer, projection, logits float32 [..., E]) with their graph to `logits`: for router losses"""
     logits: list[tuple[int, int, Tensor]] = field(default_factory=list)
 
     def clear(self) -> None:
         """Forgets what the last forward recorded."""
-        self.experts.clear()
-        self.weights.clear()
+        for record in (self.experts, self.weights, self.probabilities, self.contributions):
+            record.clear()
         self.logits.clear()
 
 
@@ -143,15 +166,31 @@ class MoLoRALinear(nn.Module):
         h, logits = self.rank_router.for_slot(x, self.slot)
         if self._state.bias is not None:
             logits = logits + _broadcast_rows(self._state.bias[:, self._cell[0], self._cell[1]], logits)
-        experts, weights = select_experts(logits, self.config, self._state.generator)
+        gates = self._state.gates
+        experts, weights = select_experts(logits, self.config, self._state.generator, gates, self._cell)
         if self._state.capture:
             self._state.experts[self._cell] = experts
             self._state.weights[self._cell] = weights
+        if gates is not None:
+            h = h * _broadcast_rows(gates.strength[:, self._cell[0], self._cell[1], None], h).to(h.dtype)
+        if self._state.measure:
+            self._state.probabilities[self._cell] = logits.softmax(-1)
+            self._state.contributions[self._cell] = self._contributions(y, h, experts, weights)
         if self._state.collect_logits:
             self._state.logits.append((*self._cell, logits))
         if self._few_tokens(h):
             return y + self._gathered(h, experts, weights).to(y.dtype)
         return AddExperts.apply(_owned(y), h.flatten(0, -2), self._gate(experts, weights).flatten(0, -2), self.B)
+
+    def _contributions(self, y: Tensor, h: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """|s w_i B_i A_i x| / |W0 x| of the chosen, float32 [..., k], by r x r Gram matrices; y is W0 x still."""
+        c = self.config
+        slices = self.B.float().unflatten(0, (-1, c.rank))[: c.num_experts]  # (E, r, out)
+        gram = slices @ slices.mT
+        ranks = torch.take_along_dim(h.float().unflatten(-1, (-1, c.rank)), experts.unsqueeze(-1), dim=-2)
+        squared = (torch.einsum("...kr,...krs->...ks", ranks, gram[experts]) * ranks).sum(-1)
+        base = torch.linalg.vector_norm(y.float(), dim=-1, keepdim=True).clamp_min(1e-12)
+        return c.scale * weights * squared.clamp_min(0).sqrt() / base
 
     def _few_tokens(self, h: Tensor) -> bool:
         return not torch.is_grad_enabled() and h.numel() <= GATHER_TOKENS * h.shape[-1]
@@ -191,9 +230,18 @@ class LoRALinear(nn.Module):
     `A` [r, in] Kaiming-uniform, `B` [out, r] zero. Used in training; serving merges it into the base weight.
     """
 
-    def __init__(self, base_layer: nn.Module, config: MoLoRAConfig, device: torch.device | None = None):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        config: MoLoRAConfig,
+        device: torch.device | None = None,
+        layer: int = 0,
+        state: RoutingState | None = None,
+    ):
         super().__init__()
         self.base_layer = base_layer
+        self.layer = layer
+        self._state = state or RoutingState()
         self.scale = config.scale
         self.in_features: int = base_layer.in_features  # type: ignore[assignment]  # declared by every linear
         self.out_features: int = base_layer.out_features  # type: ignore[assignment]
@@ -206,13 +254,31 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the base layer's output dtype."""
         y = self.base_layer(x)
-        return AddLoRA.apply(_owned(y), self.dropout(x).flatten(0, -2), self.A, self.B, self.scale)
+        x = self.dropout(x)
+        gates = self._state.gates
+        if gates is not None:
+            x = x * _broadcast_rows(gates.attention[:, self.layer, None], x).to(x.dtype)
+        return AddLoRA.apply(_owned(y), x.flatten(0, -2), self.A, self.B, self.scale)
 
 
 def select_experts(
-    logits: Tensor, config: MoLoRAConfig, generator: torch.Generator | None = None
+    logits: Tensor,
+    config: MoLoRAConfig,
+    generator: torch.Generator | None = None,
+    gates: GateTensors | None = None,
+    cell: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """Router logits float32 [..., E] -> experts int64 [..., k] (larger logit first) and weights float32 [..., k]."""
+    """Router logits float32 [..., E] -> experts int64 [..., k] (larger logit first) and weights float32 [..., k].
+
+    With `gates`, k is their largest, and the experts beyond a row's own k weigh 0.
+    """
+    if gates is not None:
+        values, experts = logits.topk(min(gates.largest_k, logits.shape[-1]), dim=-1, sorted=True)
+        rows = (gates.top_k[:, cell[0], cell[1], None], gates.uniform[:, cell[0], cell[1], None])
+        own_k, uniform = (_broadcast_rows(row, values) for row in rows)
+        values = torch.where(uniform, 0.0, values)
+        beyond = torch.arange(values.shape[-1], device=values.device) >= own_k
+        return experts, values.masked_fill(beyond, -torch.inf).softmax(-1)
     if config.expert_selection == "sampling":
         # Gumbel top-k (Kool et al. 2019): draws without replacement from the softmax, and never a banned expert
         uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp_min(1e-30)
@@ -233,5 +299,5 @@ def _parameter(shape: tuple[int, ...], device: torch.device | None) -> nn.Parame
 
 
 def _broadcast_rows(bias: Tensor, logits: Tensor) -> Tensor:
-    """[B, E] -> the shape of logits [B, ..., E], one bias per row of the batch."""
+    """[B, n] -> [B, 1, ..., n] beside logits [B, ..., n] (n may be 1): one value or vector per row of the batch."""
     return bias.view(bias.shape[0], *[1] * (logits.dim() - 2), bias.shape[-1])

@@ -17,7 +17,7 @@ from ming_app.engine.backends.onnx_spec import RECIPES, BaseShape, Rope
 from ming_app.errors import AdapterError, MingError, UsageError, WeightsError
 from ming_app.molora.config import MoLoRAConfig
 
-FILES = ["embeddings.npy", "manifest.json", "model.onnx", "weights.bin"]
+FILES = ["embeddings.npy", "manifest.json", "model.onnx", "probe.onnx", "weights.bin"]
 
 
 @pytest.fixture(scope="module")

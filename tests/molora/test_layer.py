@@ -1,5 +1,6 @@
 """The MoLoRA linear against a per-token, per-expert reference written straight from the formula."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from ming_app.molora.config import PROJECTIONS, MoLoRAConfig
 from ming_app.molora.inject import inject_molora
-from ming_app.molora.layer import MoLoRALinear, RankRouter, RoutingState, select_experts
+from ming_app.molora.layer import GateTensors, LoRALinear, MoLoRALinear, RankRouter, RoutingState, select_experts
 
 
 def config(**changes) -> MoLoRAConfig:
@@ -196,3 +197,69 @@ def test_gate_and_up_share_one_rank_gemm(monkeypatch):
     monkeypatch.setattr(RankRouter, "forward", lambda self, x: calls.append(self.slots) or original(self, x))
     injected.model(torch.randint(0, 64, (1, 5)))
     assert calls == [2, 1, 2, 1]  # per layer: gate and up together, then down
+
+
+def gates_of(c: MoLoRAConfig, rows: int = 1, **changes) -> GateTensors:
+    plain = {
+        "top_k": torch.full((rows, 1, 3), c.top_k),
+        "uniform": torch.zeros(rows, 1, 3, dtype=torch.bool),
+        "strength": torch.ones(rows, 1, 3),
+        "attention": torch.ones(rows, 1),
+    } | changes
+    return GateTensors(**plain, largest_k=int(plain["top_k"].max()))
+
+
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_gates_change_k_weights_and_strength_per_row(tokens):
+    c = config()
+    linear, x = make(c), torch.randn(4, tokens, 10)
+    uniform = torch.tensor([False, False, True, False])[:, None, None].expand(4, 1, 3)
+    top_k = torch.tensor([2, 1, 4, 2])[:, None, None].expand(4, 1, 3)
+    strength = torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None, None].expand(4, 1, 3)
+    linear._state.gates = gates_of(c, 4, uniform=uniform, top_k=top_k, strength=strength)
+    with torch.no_grad():
+        y = linear(x).double()
+    weights = linear._state.weights[0, 0]
+    assert weights.shape == (4, tokens, 4) and (weights[0, :, 2:] == 0).all() and (weights[1, :, 0] == 1).all()
+    assert torch.allclose(y[0], by_the_formula(make(c), x[0]), atol=1e-4)
+    assert torch.allclose(y[1], by_the_formula(make(config(top_k=1)), x[1]), atol=1e-4)
+    a = linear.rank_router.A[0].view(4, c.rank, 10)
+    b = linear.B.view(4, c.rank, 7)
+    mean = sum(x[2] @ a[e].T @ b[e] for e in range(4)) / 4
+    base = linear.base_layer(x)
+    assert torch.allclose(y[2].float(), base[2] + c.scale * mean, atol=1e-4)
+    assert torch.allclose(y[3].float(), base[3], atol=1e-6)
+
+
+def test_contributions_are_the_norms_of_what_each_expert_adds():
+    c = config()
+    linear, x = make(c), torch.randn(2, 5, 10)
+    linear._state.measure = True
+    with torch.no_grad():
+        linear(x)
+        base = linear.base_layer(x)
+    state, a, b = linear._state, linear.rank_router.A[0].view(4, c.rank, 10), linear.B.view(4, c.rank, 7)
+    for row, token, rank in itertools.product(range(2), range(5), range(2)):
+        expert = int(state.experts[0, 0][row, token, rank])
+        added = c.scale * state.weights[0, 0][row, token, rank] * (b[expert].T @ (a[expert] @ x[row, token]))
+        expected = float((added.norm() / base[row, token].norm()).detach())
+        assert float(state.contributions[0, 0][row, token, rank]) == pytest.approx(expected, rel=1e-4)
+    assert torch.allclose(state.probabilities[0, 0].sum(-1), torch.ones(2, 5))
+
+
+def test_attention_lora_follows_its_strength_per_row():
+    torch.manual_seed(1)
+    c = config(attention_targets=("q_proj",))
+    state = RoutingState()
+    lora = LoRALinear(nn.Linear(6, 5), c, None, 0, state)
+    nn.init.normal_(lora.B)
+    x = torch.randn(2, 3, 6)
+    with torch.no_grad():
+        whole, base = lora(x), lora.base_layer(x)
+        state.gates = gates_of(c, 2, attention=torch.tensor([[1.0], [0.0]]))
+        gated = lora(x)
+    assert (
+        torch.allclose(gated[0], whole[0])
+        and torch.allclose(gated[1], base[1])
+        and not torch.allclose(whole[1], base[1])
+    )

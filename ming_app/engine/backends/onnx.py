@@ -3,6 +3,7 @@
 Needs the build folder alone: no base file, no adapter file, no torch. One forward at a time (a lock). Tokens of all rows
 travel packed in one list; the KV cache is plain numpy memory, bound by address as past and present of the same call, so
 it is updated in place and any run of rows can be used by itself. Decoding reuses its binding: only numbers change.
+Requests that measure or intervene run on a second graph over the same weights, opened when the first of them comes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import numpy as np
 import onnxruntime as ort
 
 from ming_app.engine.backends.onnx_build import build_engine
-from ming_app.engine.backends.onnx_spec import EMBEDDINGS, GRAPH, BaseShape, Manifest, damaged, engine_key
-from ming_app.engine.types import Step
+from ming_app.engine.backends.onnx_spec import EMBEDDINGS, GRAPH, PROBE, BaseShape, Manifest, damaged, engine_key
+from ming_app.engine.types import Gates, Step
 
 __all__ = ["OnnxBackend", "OnnxCache", "build_engine", "engine_key"]
 
@@ -34,7 +35,7 @@ class OnnxCache:
         self.capacity = capacity
         self.lengths = np.zeros(batch, np.int64)
         self.memory = np.zeros((shape.layers, 2, batch, shape.kv_heads, capacity, shape.head_dim), np.float32)
-        self._decode: _Call | None = None
+        self._decode: dict[bool, _Call] = {}
 
     def truncate(self, row: int, length: int) -> None:
         """Forgets all but the first `length` tokens of a row. Raises ValueError when it holds fewer."""
@@ -54,12 +55,21 @@ class _Piece:
 
 
 class _Call:
-    """One binding of the graph: buffers of fixed sizes for `lengths[i]` new tokens in each of consecutive rows."""
+    """One binding of a graph: buffers of fixed sizes for `lengths[i]` new tokens in each of consecutive rows."""
 
-    def __init__(self, backend: OnnxBackend, cache: OnnxCache, first: int, lengths: Sequence[int], wanted: np.ndarray):
+    def __init__(
+        self,
+        backend: OnnxBackend,
+        cache: OnnxCache,
+        first: int,
+        lengths: Sequence[int],
+        wanted: np.ndarray,
+        probe: ort.InferenceSession | None,
+    ):
         shape, count, tokens, longest = backend.shape, len(lengths), sum(lengths), max(lengths)
         self.rows = slice(first, first + count)
-        self.io = backend.session.io_binding()
+        self.session = probe or backend.session
+        self.io = self.session.io_binding()
         self.lengths = np.array(lengths, np.int32)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         place = np.arange(longest)
@@ -82,13 +92,21 @@ class _Call:
         }
         outputs: dict[str, np.ndarray] = {"logits": self.logits}
         if backend.num_experts:
-            cells = 3 * shape.layers
-            self.router_bias = np.empty((count, cells * backend.num_experts), np.float32)
-            self.experts = np.empty((tokens, cells, backend.top_k), np.uint8)
-            self.weights = np.empty((tokens, cells, backend.top_k), np.float32)
+            cells, experts = 3 * shape.layers, backend.num_experts
+            chosen = experts if probe else backend.top_k
+            self.router_bias = np.empty((count, cells * experts), np.float32)
+            self.experts = np.empty((tokens, cells, chosen), np.uint8)
+            self.weights = np.empty((tokens, cells, chosen), np.float32)
             inputs |= {"row_of": row_of.astype(np.int64), "router_bias": self.router_bias}
             outputs |= {"experts": self.experts, "weights": self.weights}
-        self._bind(inputs, outputs, cache)
+        self.gates: dict[str, np.ndarray] = {}
+        self.measured: dict[str, np.ndarray] = {}
+        if probe:
+            widths = {"rank_bias": cells * experts, "sharpness": cells, "strength": cells, "attention": shape.layers}
+            self.gates = {name: np.empty((count, width), np.float32) for name, width in widths.items()}
+            widths = {"router_logits": experts, "delta_square": experts, "base_square": 1}
+            self.measured = {name: np.empty((tokens, cells, width), np.float32) for name, width in widths.items()}
+        self._bind(inputs | self.gates, outputs | self.measured, cache)
 
     def _bind(self, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray], cache: OnnxCache) -> None:
         for name, array in inputs.items():
@@ -111,7 +129,9 @@ class OnnxBackend:
     name = "onnx"
     device = "cpu"
 
-    def __init__(self, folder: Path, manifest: Manifest, session: ort.InferenceSession, max_context: int):
+    def __init__(
+        self, folder: Path, manifest: Manifest, session: ort.InferenceSession, max_context: int, threads: int = 0
+    ):
         shape, molora = manifest.base, manifest.molora
         self.folder = folder
         self.manifest = manifest
@@ -126,6 +146,8 @@ class OnnxBackend:
         self.cos, self.sin = shape.rope.tables(shape.head_dim, max_context)
         self._embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r")
         self._own_bias = np.asarray(manifest.router_bias, np.float32).reshape(-1) if molora else None
+        self._threads = threads
+        self._probe: ort.InferenceSession | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -136,18 +158,8 @@ class OnnxBackend:
         """
         folder = Path(build_dir)
         manifest = Manifest.read(folder)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or usable_cores()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        try:
-            session = ort.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
-            return cls(folder, manifest, session, min(max_context, manifest.base.max_positions))
-        except MemoryError:
-            raise
-        except Exception as error:  # the runtime's exceptions share no base class
-            raise damaged(folder, str(error).splitlines()[0][:200]) from error
+        session = _session(folder, GRAPH, threads)
+        return cls(folder, manifest, session, min(max_context, manifest.base.max_positions), threads)
 
     def new_cache(self, batch: int, capacity: int) -> OnnxCache:
         """Room for `batch` rows of up to `capacity` tokens, at most `max_context`; memory is taken as tokens arrive."""
@@ -161,21 +173,28 @@ class OnnxBackend:
         cache: OnnxCache,
         *,
         router_bias: np.ndarray | None = None,
+        gates: Gates | None = None,
         all_logits: bool = False,
+        measure: bool = False,
     ) -> Step:
         """See `Backend.forward`. The arrays of the result are the caller's to keep."""
         rows = [np.asarray(row, np.int64).reshape(-1) for row in ids]
         self._check(rows, cache, router_bias)
-        bias = self._full_bias(router_bias, len(rows))
+        asked = _Asked(self._full_bias(router_bias, len(rows)), None, measure)
         with self._lock:
+            if self.num_experts and (gates is not None or measure):
+                if self._probe is None:
+                    self._probe = _session(self.folder, PROBE, self._threads)
+                gates = gates or Gates.unchanged(len(rows), self.num_layers, 3, self.top_k)
+                asked = _Asked(asked.bias, gates, measure)
             if not all_logits and all(len(row) == 1 for row in rows) and len(rows) <= CHUNK:
-                return self._decode(np.concatenate(rows), cache, bias)
-            return self._extend(rows, cache, bias, all_logits)
+                return self._decode(np.concatenate(rows), cache, asked)
+            return self._extend(rows, cache, asked, all_logits)
 
     def close(self) -> None:
-        """Lets go of the session, its weights and the embeddings."""
+        """Lets go of the sessions, their weights and the embeddings."""
         with self._lock:
-            del self.session, self._embeddings
+            del self.session, self._probe, self._embeddings
 
     def _check(self, rows: list[np.ndarray], cache: OnnxCache, router_bias: np.ndarray | None) -> None:
         if len(rows) != len(cache.lengths):
@@ -199,56 +218,117 @@ class OnnxBackend:
         asked = np.clip(router_bias.astype(np.float32).reshape(rows, -1), -BIAS_LIMIT, BIAS_LIMIT)
         return self._own_bias + asked
 
-    def _run(self, call: _Call, ids: np.ndarray, cache: OnnxCache, bias: np.ndarray | None) -> None:
+    def _run(self, call: _Call, ids: np.ndarray, cache: OnnxCache, asked: _Asked) -> None:
         np.copyto(call.embeds, self._embeddings[ids])
         held = cache.lengths[call.rows]
         np.add(held, call.lengths - 1, out=call.past_lengths, casting="same_kind")
         call.longest[...] = call.past_lengths.max() + 1
-        if bias is not None:
-            call.router_bias[...] = bias if bias.ndim == 1 else bias[call.rows]
-        self.session.run_with_iobinding(call.io)
+        if asked.bias is not None:
+            call.router_bias[...] = asked.bias if asked.bias.ndim == 1 else asked.bias[call.rows]
+        if asked.gates is not None:
+            for name, values in asked.inputs(self.num_experts).items():
+                call.gates[name][...] = values[call.rows]
+        call.session.run_with_iobinding(call.io)
         held += call.lengths
 
-    def _decode(self, ids: np.ndarray, cache: OnnxCache, bias: np.ndarray | None) -> Step:
+    def _call(self, cache: OnnxCache, first: int, lengths: Sequence[int], wanted: np.ndarray, asked: _Asked) -> _Call:
+        return _Call(self, cache, first, lengths, wanted, self._probe if asked.gates is not None else None)
+
+    def _decode(self, ids: np.ndarray, cache: OnnxCache, asked: _Asked) -> Step:
         """One token for every row, through the binding that the cache keeps."""
-        call = cache._decode
+        probing = asked.gates is not None
+        call = cache._decode.get(probing)
         if call is None:
-            call = cache._decode = _Call(self, cache, 0, [1] * len(ids), np.arange(len(ids)))
-        self._run(call, ids, cache, bias)
+            call = cache._decode[probing] = self._call(cache, 0, [1] * len(ids), np.arange(len(ids)), asked)
+        self._run(call, ids, cache, asked)
         if not self.num_experts:
             return Step(call.logits.copy(), None, None)
-        experts, weights = self._routing(call)
-        return Step(call.logits.copy(), list(experts[:, None]), list(weights[:, None]))
+        return Step(call.logits.copy(), *(list(record[:, None]) for record in self._routing(call, asked)))
 
-    def _routing(self, call: _Call) -> tuple[np.ndarray, np.ndarray]:
-        """Copies [T, L, P, k] of a call's routing: experts uint8, weights float16."""
-        dims = (-1, self.num_layers, 3, self.top_k)
-        return call.experts.copy().reshape(dims), call.weights.astype(np.float16).reshape(dims)
+    def _routing(self, call: _Call, asked: _Asked) -> list[np.ndarray]:
+        """Copies [T, L, P, .] of what a call recorded: experts uint8, weights float16, and as measured, float16,
+        probabilities and contributions."""
+        cells = (-1, self.num_layers, 3)
+        k = self.top_k if asked.gates is None else int(asked.gates.top_k.max())
+        experts, weights = call.experts[..., :k], call.weights[..., :k]
+        records: list[np.ndarray] = [experts.copy(), weights.astype(np.float16)]
+        if asked.measure:
+            logits = call.measured["router_logits"]
+            odds = np.exp(logits - logits.max(-1, keepdims=True))
+            records.append((odds / odds.sum(-1, keepdims=True)).astype(np.float16))
+            records.append(self._contributions(call, asked, experts, weights))
+        return [record.reshape(*cells, record.shape[-1]) for record in records]
 
-    def _extend(self, rows: list[np.ndarray], cache: OnnxCache, bias: np.ndarray | None, all_logits: bool) -> Step:
+    def _contributions(self, call: _Call, asked: _Asked, experts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """float16 [T, M, k]: |s w_i B_i A_i x| / |W0 x|."""
+        assert asked.gates is not None  # measuring runs on the probe
+        deltas = np.take_along_axis(call.measured["delta_square"], experts.astype(np.int64), axis=-1)
+        base = np.maximum(call.measured["base_square"], 1e-12)
+        ratio = weights * np.sqrt(np.maximum(deltas, 0) / base)
+        rows = np.repeat(np.arange(len(call.lengths)), call.lengths)
+        strength = asked.gates.strength[call.rows][rows].reshape(len(ratio), -1)
+        return np.minimum(ratio * strength[..., None], np.finfo(np.float16).max).astype(np.float16)
+
+    def _extend(self, rows: list[np.ndarray], cache: OnnxCache, asked: _Asked, all_logits: bool) -> Step:
         """Any number of tokens per row, in calls of at most CHUNK tokens."""
         logits = [np.empty((len(row) if all_logits else 1, self.vocab_size), np.float32) for row in rows]
-        dims = (self.num_layers, 3, self.top_k)
-        experts = [np.empty((len(row), *dims), np.uint8) for row in rows]
-        weights = [np.empty((len(row), *dims), np.float16) for row in rows]
+        records: list[list[np.ndarray]] = [[] for _ in rows]  # by row: what each of its pieces recorded, end to end
         for pieces in _plan(rows):
             lengths = [len(piece.ids) for piece in pieces]
             ends = np.cumsum(lengths)
             wanted = np.arange(ends[-1]) if all_logits else ends - 1
-            call = _Call(self, cache, pieces[0].row, lengths, wanted)
-            self._run(call, np.concatenate([piece.ids for piece in pieces]), cache, bias)
-            routing = self._routing(call) if self.num_experts else None
+            call = self._call(cache, pieces[0].row, lengths, wanted, asked)
+            self._run(call, np.concatenate([piece.ids for piece in pieces]), cache, asked)
+            routing = self._routing(call, asked) if self.num_experts else []
             for index, piece in enumerate(pieces):
                 begin, end = ends[index] - lengths[index], ends[index]
-                into = slice(piece.start, piece.start + lengths[index])
                 if all_logits:
-                    logits[piece.row][into] = call.logits[begin:end]
+                    logits[piece.row][piece.start : piece.start + lengths[index]] = call.logits[begin:end]
                 else:
                     logits[piece.row][0] = call.logits[index]
-                if routing:
-                    experts[piece.row][into], weights[piece.row][into] = routing[0][begin:end], routing[1][begin:end]
+                part = [record[begin:end] for record in routing]
+                held = records[piece.row]
+                records[piece.row] = [np.concatenate(both) for both in zip(held, part, strict=True)] if held else part
         out = logits if all_logits else np.concatenate(logits)
-        return Step(out, experts, weights) if self.num_experts else Step(out, None, None)
+        if not self.num_experts:
+            return Step(out, None, None)
+        return Step(out, *(list(record) for record in zip(*records, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a forward changes and records. `bias` float32 [B or 1, L P E]; with `gates` it runs on the probe."""
+
+    bias: np.ndarray | None
+    gates: Gates | None
+    measure: bool
+
+    def inputs(self, experts: int) -> dict[str, np.ndarray]:
+        """The probe's inputs, float32 [B, .]."""
+        assert self.gates is not None
+        rows = len(self.gates.top_k)
+        beyond = np.arange(experts) >= self.gates.top_k[..., None]
+        return {
+            "rank_bias": np.where(beyond, -BIAS_LIMIT, np.float32(0)).reshape(rows, -1),
+            "sharpness": (~self.gates.uniform).astype(np.float32).reshape(rows, -1),
+            "strength": self.gates.strength.reshape(rows, -1),
+            "attention": self.gates.attention,
+        }
+
+
+def _session(folder: Path, graph: str, threads: int) -> ort.InferenceSession:
+    """Opens a graph of a build. Raises WeightsError when it is damaged."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or usable_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    try:
+        return ort.InferenceSession(str(folder / graph), options, providers=["CPUExecutionProvider"])
+    except MemoryError:
+        raise
+    except Exception as error:  # the runtime's exceptions share no base class
+        raise damaged(folder, str(error).splitlines()[0][:200]) from error
 
 
 def _plan(rows: Sequence[np.ndarray]) -> list[list[_Piece]]:

@@ -18,6 +18,7 @@ import numpy as np
 from ming_app.engine.backends.onnx_spec import (
     EMBEDDINGS,
     GRAPH,
+    PROBE,
     WEIGHTS,
     BaseShape,
     Manifest,
@@ -57,7 +58,8 @@ def build_engine(
             "This adapter selects experts by sampling, which the ONNX engine does not do. Use the torch backend.",
             "该适配器以采样方式选择专家，ONNX 引擎不支持。请使用 torch 后端。",
         )
-    from ming_app.engine.backends.onnx_graph import DecoderGraph, GraphWriter  # imports onnx: for building only
+    from ming_app.engine.backends.onnx_graph import DecoderGraph, GraphWriter, WeightStore  # imports onnx: for building
+    from ming_app.engine.backends.onnx_probe import ProbeGraph
 
     meter = Meter(progress, "build", shape.layers + 2, "steps", detail=recipe)
     meter.update(0, force=True)
@@ -66,7 +68,10 @@ def build_engine(
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         with open(staging / WEIGHTS, "wb") as weights:
-            DecoderGraph(GraphWriter(staging, weights), source, adapter, shape, precision).write(meter)
+            store = WeightStore(weights)
+            DecoderGraph(GraphWriter(store), source, adapter, shape, precision).write(staging / GRAPH, meter)
+            if adapter:
+                ProbeGraph(GraphWriter(store), source, adapter, shape, precision).write(staging / PROBE)
         meter.update(shape.layers + 1)
         _write_embeddings(staging / EMBEDDINGS, source, shape)
         manifest = Manifest(
@@ -76,7 +81,7 @@ def build_engine(
             base_fingerprint=base_fingerprint,
             adapter_fingerprint=adapter.fingerprint if adapter else None,
             router_bias=_router_bias(adapter, shape.layers) if adapter else None,
-            files={name: (staging / name).stat().st_size for name in (GRAPH, WEIGHTS, EMBEDDINGS)},
+            files={path.name: path.stat().st_size for path in staging.iterdir()},
             runtime=runtime_version(),
         )
         manifest.write(staging)

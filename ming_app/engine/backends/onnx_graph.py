@@ -21,17 +21,19 @@ gate and up share x, so they share A, the routers and the top-k. A shared expert
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ming_app.engine.backends.onnx_quant import Quantised, carry_over, join, quantise
-from ming_app.engine.backends.onnx_spec import GRAPH, WEIGHTS, BaseShape, Format, Recipe
+from ming_app.engine.backends.onnx_spec import WEIGHTS, BaseShape, Format, Recipe
 from ming_app.errors import WeightsError
 from ming_app.molora.config import PROJECTIONS, MoLoRAConfig
 
@@ -53,12 +55,52 @@ class Packed(NamedTuple):
     """K: columns, the last block may be longer"""
 
 
-class GraphWriter:
-    """Collects nodes; writes large initialisers to `weights.bin` as they come, so that none stays in memory."""
+T = TypeVar("T")
 
-    def __init__(self, folder: Path, weights: IO[bytes]):
-        self.folder = folder
+
+class WeightStore:
+    """The initialisers of all graphs of a build, by name. Large ones go to `weights.bin` as they come, so that none stays
+    in memory; what a graph written earlier has stored is not made again."""
+
+    def __init__(self, weights: IO[bytes]):
         self._weights = weights
+        self._tensors: dict[str, onnx.TensorProto] = {}
+        self._facts: dict[str, Any] = {}
+
+    def tensor(self, name: str, make: Callable[[], np.ndarray]) -> onnx.TensorProto:
+        """The initialiser of that name; `make` is called only the first time."""
+        if name not in self._tensors:
+            self._tensors[name] = self._stored(name, np.ascontiguousarray(make()))
+        return self._tensors[name]
+
+    def fact(self, name: str, make: Callable[[], T]) -> T:
+        """Something small that is costly to find out, remembered."""
+        if name not in self._facts:
+            self._facts[name] = make()
+        return typing.cast(T, self._facts[name])
+
+    def _stored(self, name: str, array: np.ndarray) -> onnx.TensorProto:
+        if array.nbytes <= INLINE_BYTES:
+            return numpy_helper.from_array(array, name)
+        offset = -(-self._weights.tell() // ALIGNMENT) * ALIGNMENT
+        self._weights.seek(offset)
+        self._weights.write(array.data)
+        tensor = TensorProto(
+            name=name,
+            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+            dims=array.shape,
+            data_location=TensorProto.EXTERNAL,
+        )
+        for key, value in (("location", WEIGHTS), ("offset", offset), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+
+class GraphWriter:
+    """Collects the nodes of one graph over a store of weights."""
+
+    def __init__(self, store: WeightStore):
+        self.store = store
         self._nodes: list[onnx.NodeProto] = []
         self._initialisers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -73,26 +115,11 @@ class GraphWriter:
         """Declares a graph output."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
-    def constant(self, name: str, array: np.ndarray) -> str:
-        """Stores an initialiser once under `name`."""
-        if name in self._initialisers:
-            return name
-        array = np.ascontiguousarray(array)
-        if array.nbytes <= INLINE_BYTES:
-            self._initialisers[name] = numpy_helper.from_array(array, name)
-            return name
-        offset = -(-self._weights.tell() // ALIGNMENT) * ALIGNMENT
-        self._weights.seek(offset)
-        self._weights.write(array.data)
-        tensor = TensorProto(
-            name=name,
-            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
-            dims=array.shape,
-            data_location=TensorProto.EXTERNAL,
-        )
-        for key, value in (("location", WEIGHTS), ("offset", offset), ("length", array.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        self._initialisers[name] = tensor
+    def constant(self, name: str, array: np.ndarray | Callable[[], np.ndarray]) -> str:
+        """Declares an initialiser, given as it is or as a function that makes it."""
+        if name not in self._initialisers:
+            make = array if callable(array) else lambda: array
+            self._initialisers[name] = self.store.tensor(name, make)
         return name
 
     def node(self, op: str, inputs: Sequence[str], *outputs: str, domain: str = "", **attributes: Any) -> str:
@@ -101,28 +128,39 @@ class GraphWriter:
         return outputs[0]
 
     def linear(
-        self, name: str, x: str, weight: np.ndarray | Packed, fmt: Format, bias: np.ndarray | None = None
+        self,
+        name: str,
+        x: str,
+        weight: Callable[[], np.ndarray | Packed],
+        fmt: Format,
+        bias: np.ndarray | None = None,
     ) -> str:
-        """x [T, K] -> [T, N] through `weight` [N, K], quantised here if float32; int8 arithmetic (accuracy_level 4)."""
-        packed = weight if isinstance(weight, Packed) else Packed(quantise(weight, fmt), weight.shape[1])
+        """x [T, K] -> [T, N] through `weight()` [N, K], quantised here if float32; int8 arithmetic (accuracy_level 4)."""
+
+        @functools.cache
+        def packed() -> Packed:
+            made = weight()
+            return made if isinstance(made, Packed) else Packed(quantise(made, fmt), made.shape[1])
+
+        n, k = self.store.fact(name, lambda: (packed().values.q.shape[0], packed().width))
         inputs = [
             x,
-            self.constant(f"{name}.q", packed.values.q),
-            self.constant(f"{name}.scale", packed.values.scales),
-            self.constant(f"{name}.zero", packed.values.zeros),
+            self.constant(f"{name}.q", lambda: packed().values.q),
+            self.constant(f"{name}.scale", lambda: packed().values.scales),
+            self.constant(f"{name}.zero", lambda: packed().values.zeros),
         ]
         if bias is not None:
             inputs += ["", self.constant(f"{name}.bias", bias)]
-        sizes = {"N": packed.values.q.shape[0], "K": packed.width, "bits": fmt.bits, "block_size": fmt.block}
+        sizes = {"N": n, "K": k, "bits": fmt.bits, "block_size": fmt.block}
         return self.node("MatMulNBits", inputs, name, domain=CONTRIB, accuracy_level=4, **sizes)
 
-    def save(self) -> None:
-        """Writes model.onnx."""
+    def save(self, path: Path) -> None:
+        """Writes the graph, beside the weights."""
         graph = helper.make_graph(
             self._nodes, "decoder", self._inputs, self._outputs, list(self._initialisers.values())
         )
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CONTRIB, 1)]
-        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), self.folder / GRAPH)
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
 
 
 class DecoderGraph:
@@ -137,42 +175,51 @@ class DecoderGraph:
         self.shape = shape
         self.recipe = recipe
         self._names = set(source.names())
-        # by the number of projections that share an input: (ids, weights) of every layer, [T, 2, k] or [T, k]
-        self._routed: dict[int, list[tuple[str, str]]] = {2: [], 1: []}
+        # by the number of projections that share an input: names of what every layer records, [T, 2, k] or [T, k] each
+        self._records: dict[int, list[dict[str, str]]] = {2: [], 1: []}
         self._check_names()
 
-    def write(self, meter: Meter) -> None:
-        """Writes all layers and the head, then the graph."""
+    def write(self, path: Path, meter: Meter | None = None) -> None:
+        """Writes all layers and the head, then the graph to `path`."""
         s = self.shape
         self._declare_inputs()
         x, skip = "embeds", ""
         for layer in range(s.layers):
             x, skip = self._layer(layer, x, skip)
-            meter.update(layer + 1)
+            if meter:
+                meter.update(layer + 1)
         normed, _ = self._norm("norm", x, skip, "model.norm.weight")
         wanted = self.w.node("Gather", [normed, "wanted"], "head.x", axis=0)
         head = "model.embed_tokens.weight" if s.tied or "lm_head.weight" not in self._names else "lm_head.weight"
-        self.w.linear("logits", wanted, self._get(head, s.vocab, s.hidden), self.recipe.head, self._bias("lm_head"))
+        table = functools.partial(self._get, head, s.vocab, s.hidden)
+        self.w.linear("logits", wanted, table, self.recipe.head, self._bias("lm_head"))
         self.w.output("logits", TensorProto.FLOAT, ["n", s.vocab])
         if self.adapter:
-            c = self.adapter.config
-            dims: list[int | str] = ["T", 3 * s.layers, c.top_k]
-            self.w.node("Cast", [self._in_trace_order("experts.int64", 0)], "experts", to=TensorProto.UINT8)
-            self._in_trace_order("weights", 1)
-            self.w.output("experts", TensorProto.UINT8, dims)
-            self.w.output("weights", TensorProto.FLOAT, dims)
-        self.w.save()
+            self._declare_records()
+        self.w.save(path)
 
-    def _in_trace_order(self, name: str, which: int) -> str:
-        """[T, 3 L, k], layer by layer gate, up, down, of the ids (which = 0) or weights (1) of all layers."""
-        w, layers, k = self.w, self.shape.layers, self._molora.top_k
+    def _declare_records(self) -> None:
+        self.w.node("Cast", [self._in_trace_order("experts.int64", "ids")], "experts", to=TensorProto.UINT8)
+        self._in_trace_order("weights", "weights")
+        dims: list[int | str] = ["T", 3 * self.shape.layers, self._chosen]
+        self.w.output("experts", TensorProto.UINT8, dims)
+        self.w.output("weights", TensorProto.FLOAT, dims)
+
+    def _in_trace_order(self, name: str, what: str, width: int = 0) -> str:
+        """[T, 3 L, width], layer by layer gate, up, down, of what was recorded of all layers; width 0: experts chosen."""
+        w, layers, width = self.w, self.shape.layers, width or self._chosen
         parts = []
-        for slots, routed in self._routed.items():
-            joined = w.node("Concat", [pair[which] for pair in routed], f"{name}.{slots}", axis=1)
-            dims = w.constant(f"trace.dims.{slots}", np.array([-1, layers, slots, k], np.int64))
+        for slots, records in self._records.items():
+            joined = w.node("Concat", [record[what] for record in records], f"{name}.{slots}", axis=1)
+            dims = w.constant(f"trace.dims.{slots}.{width}", np.array([-1, layers, slots, width], np.int64))
             parts.append(w.node("Reshape", [joined, dims], f"{name}.{slots}.layers"))
-        flat = w.constant("trace.dims", np.array([-1, 3 * layers, k], np.int64))
+        flat = w.constant(f"trace.dims.{width}", np.array([-1, 3 * layers, width], np.int64))
         return w.node("Reshape", [w.node("Concat", parts, f"{name}.all", axis=2), flat], name)
+
+    @property
+    def _chosen(self) -> int:
+        """Experts that the graph chooses per cell."""
+        return self._molora.top_k
 
     def _declare_inputs(self) -> None:
         s, w = self.shape, self.w
@@ -188,11 +235,16 @@ class DecoderGraph:
         if self.adapter:
             experts = self.adapter.config.num_experts
             w.input("row_of", TensorProto.INT64, ["T"])
-            w.input("router_bias", TensorProto.FLOAT, ["B", 3 * s.layers * experts])
-            sizes = w.constant("router_bias.sizes", np.array([2 * experts, experts] * s.layers, np.int64))
-            spread = w.node("Gather", ["router_bias", "row_of"], "router_bias.spread", axis=0)
-            names = [f"{layer}.{part}.router_bias" for layer in range(s.layers) for part in ("gate_up", "down")]
-            w.node("Split", [spread, sizes], *names, axis=1)
+            self._per_row("router_bias", experts)
+
+    def _per_row(self, name: str, width: int) -> None:
+        """Declares an input [B, 3 L width] and gives each layer's parts to its tokens: `{layer}.{gate_up, down}.{name}`."""
+        w, layers = self.w, self.shape.layers
+        w.input(name, TensorProto.FLOAT, ["B", 3 * layers * width])
+        sizes = w.constant(f"{name}.sizes", np.array([2 * width, width] * layers, np.int64))
+        spread = w.node("Gather", [name, "row_of"], f"{name}.spread", axis=0)
+        names = [f"{layer}.{part}.{name}" for layer in range(layers) for part in ("gate_up", "down")]
+        w.node("Split", [spread, sizes], *names, axis=1)
 
     def _layer(self, layer: int, x: str, skip: str) -> tuple[str, str]:
         """One decoder layer: (residual, last branch) -> the same, still to be added."""
@@ -208,7 +260,7 @@ class DecoderGraph:
 
     def _norm(self, name: str, x: str, skip: str, weight: str) -> tuple[str, str]:
         """RMS norm of x (+ skip) -> (normed, the sum)."""
-        gain = self.w.constant(f"{name}.gain", self._get(weight, self.shape.hidden))
+        gain = self.w.constant(f"{name}.gain", functools.partial(self._get, weight, self.shape.hidden))
         eps = self.shape.norm_eps
         if not skip:
             return self.w.node("SimplifiedLayerNormalization", [x, gain], name, axis=-1, epsilon=eps, stash_type=1), x
@@ -221,13 +273,16 @@ class DecoderGraph:
     def _attention(self, layer: int, x: str) -> str:
         s, w, p = self.shape, self.w, f"{layer}."
         widths = {"q": s.heads * s.head_dim, "k": s.kv_heads * s.head_dim, "v": s.kv_heads * s.head_dim}
-        weight = np.concatenate([self._merged(layer, f"{n}_proj", rows, s.hidden) for n, rows in widths.items()])
+
+        def weight() -> np.ndarray:
+            return np.concatenate([self._merged(layer, f"{n}_proj", rows, s.hidden) for n, rows in widths.items()])
+
         biases = {n: self._bias(f"model.layers.{layer}.self_attn.{n}_proj") for n in widths}
         bias = None
         if any(b is not None for b in biases.values()):
             bias = np.concatenate([np.zeros(widths[n], np.float32) if b is None else b for n, b in biases.items()])
         qkv = w.linear(p + "qkv", x, weight, self.recipe.attention, bias)
-        del weight
+        qkv = self._attention_gated(layer, [f"{n}_proj" for n in widths], x, qkv, list(widths.values()))
         rows = w.node("Gather", [qkv, "pad"], p + "qkv.rows", axis=0)  # [B, S, .]
         past, present = ([f"{when}_{kind}.{layer}" for kind in "kv"] for when in ("past", "present"))
         for name in past:
@@ -241,44 +296,67 @@ class DecoderGraph:
         flat = w.constant("attention.flat", np.array([-1, widths["q"]], np.int64))
         mixed = w.node("Reshape", [mixed, flat], p + "attention.flat")
         mixed = w.node("Gather", [mixed, "unpad"], p + "attention.tokens", axis=0)  # [T, .]
-        out = self._merged(layer, "o_proj", s.hidden, widths["q"])
-        return w.linear(
-            p + "o", mixed, out, self.recipe.attention, self._bias(f"model.layers.{layer}.self_attn.o_proj")
-        )
+        merged = functools.partial(self._merged, layer, "o_proj", s.hidden, widths["q"])
+        bias = self._bias(f"model.layers.{layer}.self_attn.o_proj")
+        out = w.linear(p + "o", mixed, merged, self.recipe.attention, bias)
+        return self._attention_gated(layer, ["o_proj"], mixed, out, [s.hidden])
+
+    def _attention_gated(self, layer: int, targets: Sequence[str], x: str, y: str, sizes: Sequence[int]) -> str:
+        """y = (W + s B A) x of the targets side by side, `sizes` rows each; here as merged."""
+        return y
 
     def _ffn_linears(self, layer: int, part: str, x: str, projections: Sequence[str], fmt: Format) -> list[str]:
         """The projections that read x: [W | s B | offsets] on [x ; m h ; block sums of x], as far as each is there."""
         s, w = self.shape, self.w
         rows, width = (s.hidden, s.ffn) if part == "down" else (s.ffn, s.hidden)
         names = [f"model.layers.{layer}.mlp.{p}_proj" for p in projections]
-        weights = [self._get(f"{name}.weight", rows, width) for name in names]
-        carried = self._carry(weights)
-        fmt = self.recipe.carry if carried and self.recipe.carry else fmt
+        weights = functools.cache(lambda: [self._get(f"{name}.weight", rows, width) for name in names])
+        carried = functools.cache(lambda: self._carry(weights()))
+        is_carried = w.store.fact(f"{layer}.{part}.carried", lambda: carried() is not None)
+        fmt = self.recipe.carry if is_carried and self.recipe.carry else fmt
         extra: list[list[str]] = [[] for _ in projections]
-        columns: list[list[np.ndarray]] = [[] for _ in projections]
+        ranks, molora, scaled = None, [], []
         if self.adapter is not None:
             molora = [self.adapter.projection(layer, p) for p in projections]
-            ranks = RankRows.of(self._molora, width, fmt, whole=carried is not None)
-            for into, scaled in zip(extra, self._scaled_ranks(layer, part, x, molora, ranks), strict=True):
-                into.append(scaled)
-            for more, one in zip(columns, molora, strict=True):
-                more.append(ranks.stack_b(one, self._molora.scale))
-        if carried:
+            ranks = RankRows.of(self._molora, width, fmt, whole=is_carried)
+            scaled = self._scaled_ranks(layer, part, x, molora, ranks)
+            extra = [[one] for one in scaled]
+        if is_carried:
             sums = self._block_sums(layer, part, x, width, fmt)
             extra = [[*into, sums] for into in extra]
+
+        def matrix(index: int) -> np.ndarray | Packed:
+            """[W | s B | offsets] of one projection."""
+            columns = [ranks.stack_b(molora[index], self._molora.scale)] if ranks else []
+            found = carried()
+            if found is None:
+                return np.concatenate([weights()[index], *columns], axis=1)
+            exact, offsets = found[index]
+            parts = [exact, *(quantise(more, fmt) for more in (*columns, offsets))]
+            return Packed(join(parts, fmt), width + sum(more.shape[1] for more in (*columns, offsets)))
+
         out = []
         for index, projection in enumerate(projections):
             inputs = [x, *extra[index]]
             joined = w.node("Concat", inputs, f"{layer}.{projection}.x", axis=1) if len(inputs) > 1 else x
-            if carried:
-                exact, offsets = carried[index]
-                parts = [exact, *(quantise(more, fmt) for more in (*columns[index], offsets))]
-                total = width + sum(more.shape[1] for more in (*columns[index], offsets))
-                matrix: np.ndarray | Packed = Packed(join(parts, fmt), total)
-            else:
-                matrix = np.concatenate([weights[index], *columns[index]], axis=1)
-            out.append(w.linear(f"{layer}.{projection}", joined, matrix, fmt, self._bias(names[index])))
+            make = functools.partial(matrix, index)
+            out.append(w.linear(f"{layer}.{projection}", joined, make, fmt, self._bias(names[index])))
+        if ranks:
+            self._ffn_done(layer, part, x, out, molora, ranks, scaled, weights)
         return out
+
+    def _ffn_done(
+        self,
+        layer: int,
+        part: str,
+        x: str,
+        outputs: Sequence[str],
+        molora: Sequence[ProjectionWeights],
+        ranks: RankRows,
+        scaled: Sequence[str],
+        weights: Callable[[], list[np.ndarray]],
+    ) -> None:
+        """Called with the outputs and the m h of the projections that read x: a graph that measures adds its nodes here."""
 
     def _carry(self, weights: Sequence[np.ndarray]) -> list[tuple[Quantised, np.ndarray]] | None:
         """The exact 4-bit form of all these weights, or None when the recipe or the weights do not allow it."""
@@ -305,38 +383,50 @@ class DecoderGraph:
         """m h for each projection that reads x."""
         w, name, slots = self.w, f"{layer}.{part}", len(weights)
         gate = self._gate(name, x, weights)
-        h = w.linear(f"{name}.A", x, np.concatenate([ranks.stack_a(one) for one in weights]), self.recipe.rank)
+        stacked = functools.partial(_stacked, [functools.partial(ranks.stack_a, one) for one in weights])
+        h = w.linear(f"{name}.A", x, stacked, self.recipe.rank)
         spread, always = ranks.spread(slots)
         key = f"{slots}.{ranks.size}"
         constants = [w.constant(f"spread.{key}", spread), w.constant(f"always.{key}", always)]
         mask = w.node("Gemm", [gate, *constants], f"{name}.mask")
-        scaled = w.node("Mul", [h, mask], f"{name}.scaled")
+        return self._acting(name, self._slots(w.node("Mul", [h, mask], f"{name}.scaled"), slots))
+
+    def _slots(self, joined: str, slots: int) -> list[str]:
+        """[T, slots n] -> [T, n] each."""
         if slots == 1:
-            return [scaled]
-        parts = [f"{name}.scaled.{slot}" for slot in range(slots)]
-        w.node("Split", [scaled], *parts, axis=1, num_outputs=slots)
+            return [joined]
+        parts = [f"{joined}.{slot}" for slot in range(slots)]
+        self.w.node("Split", [joined], *parts, axis=1, num_outputs=slots)
         return parts
 
     def _gate(self, name: str, x: str, weights: Sequence[ProjectionWeights]) -> str:
         """Routers of the projections that share x: the dense gate [T, p E]; keeps ids and weights for the trace."""
         w, c, slots = self.w, self._molora, len(weights)
-        router = w.constant(f"{name}.router", np.concatenate([one.router_weight for one in weights]).T)
+        router = w.constant(f"{name}.router", lambda: np.concatenate([one.router_weight for one in weights]).T)
         logits = w.node("Add", [w.node("MatMul", [x, router], f"{name}.raw"), f"{name}.router_bias"], f"{name}.logits")
         if slots > 1:
             apart = w.constant("router.apart", np.array([-1, slots, c.num_experts], np.int64))
             logits = w.node("Reshape", [logits, apart], f"{name}.logits.apart")
-        k = w.constant("top_k", np.array([c.top_k], np.int64))
+        k = w.constant(f"top_{self._chosen}", np.array([self._chosen], np.int64))
         w.node("TopK", [logits, k], f"{name}.top", f"{name}.ids", axis=-1)
-        chosen = w.node("Softmax", [f"{name}.top"], f"{name}.weights", axis=-1)
+        chosen = self._mixed(name, f"{name}.top", slots)
         empty = f"router.empty.{slots}"
-        if not self._routed[slots]:  # zeros of the right size, made once per call
+        if not self._records[slots]:  # zeros of the right size, made once per call
             w.node("Mul", [logits, w.constant("nought", np.zeros((), np.float32))], empty)
-        self._routed[slots].append((f"{name}.ids", chosen))
+        self._records[slots].append({"ids": f"{name}.ids", "weights": chosen, "logits": logits})
         dense = w.node("ScatterElements", [empty, f"{name}.ids", chosen], f"{name}.dense", axis=-1)
         if slots == 1:
             return dense
         flat = w.constant("router.flat", np.array([-1, slots * c.num_experts], np.int64))
         return w.node("Reshape", [dense, flat], f"{name}.gate")
+
+    def _mixed(self, name: str, values: str, slots: int) -> str:
+        """Logits of the chosen, sorted -> their weights."""
+        return self.w.node("Softmax", [values], f"{name}.weights", axis=-1)
+
+    def _acting(self, name: str, scaled: list[str]) -> list[str]:
+        """m h of each projection [T, ranks], as it acts."""
+        return scaled
 
     def _merged(self, layer: int, target: str, rows: int, width: int) -> np.ndarray:
         """An attention weight [rows, width] with its LoRA merged in float32."""
@@ -383,6 +473,10 @@ class DecoderGraph:
                     f"The ONNX engine cannot run this base: it {en} {some}. Use the torch backend.",
                     f"ONNX 引擎无法运行该基座：它{zh} {some}。请使用 torch 后端。",
                 )
+
+
+def _stacked(parts: Sequence[Callable[[], np.ndarray]]) -> np.ndarray:
+    return np.concatenate([part() for part in parts])
 
 
 @dataclass(frozen=True)

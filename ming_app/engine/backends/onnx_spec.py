@@ -1,9 +1,10 @@
 """What a built CPU engine is: the shape of its base, its recipe of precisions, its key and its manifest.
 
-Needs numpy only: opening an engine must not import `onnx` or torch. A build is a folder of four files:
+Needs numpy only: opening an engine must not import `onnx` or torch. A build is a folder of these files:
 
     manifest.json       shapes, recipe, fingerprints, versions, sizes of the other files; written last
     model.onnx          the graph (no large tensors)
+    probe.onnx          the graph that measures and intervenes, over the same weights; with an adapter only
     weights.bin         quantised weights, memory-mapped by ONNX Runtime
     embeddings.npy      float16 [V, H], memory-mapped by the backend; looked up outside the graph
 """
@@ -25,9 +26,15 @@ from ming_app.models.recipes import RECIPES, Recipe
 from ming_app.models.recipes import Format as Format  # the graph and the quantiser take it from here
 from ming_app.molora.config import MoLoRAConfig
 
-FORMAT = 2
+FORMAT = 3
 """Version of graph and files; a change makes old builds unreachable, since it is part of `engine_key`."""
-MANIFEST, GRAPH, WEIGHTS, EMBEDDINGS = "manifest.json", "model.onnx", "weights.bin", "embeddings.npy"
+MANIFEST, GRAPH, PROBE, WEIGHTS, EMBEDDINGS = (
+    "manifest.json",
+    "model.onnx",
+    "probe.onnx",
+    "weights.bin",
+    "embeddings.npy",
+)
 MAX_MANIFEST_BYTES = 1 << 20
 FAMILIES = ("qwen2", "llama", "mistral")
 """model_type of the decoders the graph stands for"""

@@ -7,15 +7,16 @@ each row gives what it gives alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
-from ming_app.engine.types import Step
+from ming_app.engine.types import Gates, Step
 from ming_app.models.load import TorchModel
 from ming_app.molora.config import PROJECTIONS
+from ming_app.molora.layer import GateTensors
 
 
 class TorchCache:
@@ -78,7 +79,9 @@ class TorchBackend:
         cache: TorchCache,
         *,
         router_bias: np.ndarray | None = None,
+        gates: Gates | None = None,
         all_logits: bool = False,
+        measure: bool = False,
     ) -> Step:
         """See `engine.types.Backend.forward`."""
         lengths = np.array([len(row) for row in ids])
@@ -87,7 +90,7 @@ class TorchBackend:
         if (cache.lengths + lengths > cache.capacity).any():
             raise ValueError(f"a row would exceed the cache's capacity of {cache.capacity} tokens")
         with self._lock, torch.inference_mode():
-            return self._forward(ids, lengths, cache, router_bias, all_logits)
+            return self._forward(ids, lengths, cache, router_bias, gates, all_logits, measure)
 
     def close(self) -> None:
         """Lets go of the model."""
@@ -100,7 +103,9 @@ class TorchBackend:
         lengths: np.ndarray,
         cache: TorchCache,
         bias: np.ndarray | None,
+        gates: Gates | None,
         all_logits: bool,
+        measure: bool,
     ) -> Step:
         device, injected = self._loaded.device, self._loaded.injected
         width = int(lengths.max())
@@ -117,6 +122,8 @@ class TorchBackend:
             if injected.state.generator and not cache.lengths.any():  # a request draws its experts alike every time
                 injected.state.generator.manual_seed(0)
             injected.state.bias = None if bias is None else torch.from_numpy(np.asarray(bias, np.float32)).to(device)
+            injected.state.gates = None if gates is None else _gate_tensors(gates, device)
+            injected.state.measure = measure
         out = self._loaded.model(
             input_ids=torch.from_numpy(tokens).to(device),
             attention_mask=_mask(valid, width, self._dtype()),
@@ -129,23 +136,37 @@ class TorchBackend:
         cache.lengths = cache.lengths + lengths
         logits = out.logits.float().cpu().numpy()
         rows = [logits[row, width - n :] for row, n in enumerate(lengths)] if all_logits else logits[:, -1]
-        experts, weights = self._routing(lengths, width)
-        return Step(rows, experts, weights)
-
-    def _routing(self, lengths: np.ndarray, width: int) -> tuple[list[np.ndarray] | None, list[np.ndarray] | None]:
-        injected = self._loaded.injected
         if injected is None:
-            return None, None
+            return Step(rows, None, None)
+        state, pads = injected.state, width - lengths
+        experts, weights = (
+            self._record(state.experts, torch.uint8, pads),
+            self._record(state.weights, torch.float16, pads),
+        )
+        if not measure:
+            return Step(rows, experts, weights)
+        largest = torch.finfo(torch.float16).max
+        cut = {cell: values.clamp_max(largest) for cell, values in state.contributions.items()}
+        measured = [self._record(record, torch.float16, pads) for record in (state.probabilities, cut)]
+        return Step(rows, experts, weights, *measured)
+
+    def _record(
+        self, record: Mapping[tuple[int, int], torch.Tensor], dtype: torch.dtype, pads: np.ndarray
+    ) -> list[np.ndarray]:
+        """What the layers recorded, [B, width, n] each -> [s_b, L, P, n] of every row without its padding."""
         cells = [(layer, p) for layer in range(self.num_layers) for p in range(len(PROJECTIONS))]
-        shape = (len(lengths), width, self.num_layers, len(PROJECTIONS), self.top_k)
-        state = injected.state
-        experts = torch.stack([state.experts[c] for c in cells], 2).to(torch.uint8).cpu().numpy().reshape(shape)
-        weights = torch.stack([state.weights[c] for c in cells], 2).to(torch.float16).cpu().numpy().reshape(shape)
-        pads = width - lengths
-        return [experts[r, p:] for r, p in enumerate(pads)], [weights[r, p:] for r, p in enumerate(pads)]
+        joined = torch.stack([record[cell] for cell in cells], 2).unflatten(2, (self.num_layers, len(PROJECTIONS)))
+        rows = joined.to(dtype).cpu().numpy()
+        return [rows[row, pad:] for row, pad in enumerate(pads)]
 
     def _dtype(self) -> torch.dtype:
         return next(self._loaded.model.parameters()).dtype if self.precision == "float32" else torch.bfloat16
+
+
+def _gate_tensors(gates: Gates, device: torch.device) -> GateTensors:
+    arrays = (gates.top_k.astype(np.int64), gates.uniform, gates.strength, gates.attention)
+    top_k, uniform, strength, attention = (torch.from_numpy(array).to(device) for array in arrays)
+    return GateTensors(top_k, uniform, strength, attention, int(gates.top_k.max()))
 
 
 def _mask(valid: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
