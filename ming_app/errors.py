@@ -54,5 +54,9 @@ class PromptTooLongError(MingError):
     """The newest message alone does not fit the context; the message gives its token count and the limit."""
 
 
+class StoppedError(MingError):
+    """Work ended early because someone asked for it."""
+
+
 class TraceError(MingError):
     """A router trace file is damaged, hostile or of an unknown version."""

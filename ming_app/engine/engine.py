@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ming_app.engine.decode import RoutingRecord, Sampler, log_probabilities
+from ming_app.engine.interventions import Compiled, compile_interventions, described
 from ming_app.engine.prompt import ChatTokenizer, PieceStream
 from ming_app.engine.types import (
     Backend,
@@ -21,6 +22,7 @@ from ming_app.engine.types import (
     EngineInfo,
     Event,
     Finish,
+    Intervention,
     Message,
     SamplingParams,
     Start,
@@ -65,12 +67,17 @@ class Engine:
         """
         limit = self.info.context_limit
         prompt = self.tokenizer.build(messages, limit, params.max_new_tokens)
-        bias = self._checked_bias(params.router_bias)
-        return _Request(self, prompt.ids, prompt.dropped_turns, params, bias, cancel or threading.Event()).run(
+        changes = self.changes(params.interventions, params.router_bias)
+        return _Request(self, prompt.ids, prompt.dropped_turns, params, changes, cancel or threading.Event()).run(
             self._lock
         )
 
-    def score(self, prefix: Sequence[Message] | Sequence[int], continuations: Sequence[str]) -> list[float]:
+    def score(
+        self,
+        prefix: Sequence[Message] | Sequence[int],
+        continuations: Sequence[str],
+        interventions: Sequence[Intervention] = (),
+    ) -> list[float]:
         """Natural log-probability of each continuation after the prefix (messages, or prompt ids).
 
         The prefix is read once. A prefix of messages that ends with an assistant turn continues that turn's words.
@@ -80,6 +87,7 @@ class Engine:
         if not encoded or any(not len(ids) for ids in encoded):
             raise UsageError("There is nothing to score.", "没有可打分的内容。")
         longest = max(len(ids) for ids in encoded)
+        changes = self.changes(interventions)
         if all(isinstance(item, Message) for item in prefix):
             turns = [item for item in prefix if isinstance(item, Message)]
             ids = np.array(self.tokenizer.build(turns, self.info.context_limit, 1).ids, np.int64)
@@ -92,13 +100,13 @@ class Engine:
             )
         with self._lock:
             cache = self.backend.new_cache(1, len(ids) + longest)
-            first = self._prefill(ids, cache, None, None, lambda: False)
+            first = self._prefill(ids, cache, changes, None, lambda: False)
             assert first is not None  # only a stop request ends a prefill early
             scores = []
             for continuation in encoded:
                 total = log_probabilities(first, continuation[:1])[0]
                 if len(continuation) > 1:
-                    step = self.backend.forward([continuation[:-1]], cache, all_logits=True)
+                    step = self.forward(continuation[:-1], cache, changes, all_logits=True)
                     total += log_probabilities(step.logits[0], continuation[1:]).sum()
                     cache.truncate(0, len(ids))
                 scores.append(float(total))
@@ -107,6 +115,14 @@ class Engine:
     def count_tokens(self, text: str) -> int:
         """Tokens of a text on its own."""
         return len(self.tokenizer.encode_text(text))
+
+    def turn(self) -> threading.Lock:
+        """The lock that whoever calls `forward` must hold: one request runs at a time."""
+        return self._lock
+
+    def forward(self, ids: np.ndarray, cache: Cache, changes: Compiled, **options: bool) -> Step:
+        """One call of the backend for one row, with a request's changes."""
+        return self.backend.forward([ids], cache, router_bias=changes.rows, gates=changes.gates, **options)
 
     def close(self) -> None:
         """Lets go of the model; waits for a running request. The engine cannot be used afterwards."""
@@ -117,7 +133,7 @@ class Engine:
         self,
         ids: np.ndarray,
         cache: Cache,
-        bias: np.ndarray | None,
+        changes: Compiled,
         record: RoutingRecord | None,
         stopped: Callable[[], bool],
     ) -> np.ndarray | None:
@@ -126,24 +142,27 @@ class Engine:
         for start in range(0, len(ids), PREFILL_CHUNK):
             if stopped():
                 return None
-            step = self.backend.forward([ids[start : start + PREFILL_CHUNK]], cache, router_bias=bias)
+            step = self.forward(ids[start : start + PREFILL_CHUNK], cache, changes)
             if record is not None and step.experts is not None and step.weights is not None:
                 record.append(step.experts[0], step.weights[0])
         assert step is not None  # a prompt is never empty
         return step.logits
 
-    def _checked_bias(self, bias: np.ndarray | None) -> np.ndarray | None:
-        """float32 [1, L, P, E] for the backend. Raises UsageError for another shape or values that are not finite."""
-        if bias is None:
-            return None
-        shape = (self.info.num_layers, len(PROJECTIONS), self.info.num_experts)
-        array = np.asarray(bias, np.float32)
-        if array.shape != shape or not np.isfinite(array).all():
-            raise UsageError(
-                f"The router bias must be finite numbers of shape {shape}, got {array.shape}.",
-                f"路由偏置应为形状 {shape} 的有限数值，实际为 {array.shape}。",
-            )
-        return array[None]
+    def changes(self, interventions: Sequence[Intervention], bias: np.ndarray | None = None) -> Compiled:
+        """What the backend must change for a request. Raises UsageError for a bias of another shape or with values that are
+        not finite, for interventions out of range, and for any on a model without experts."""
+        info = self.info
+        if bias is not None:
+            shape = (info.num_layers, len(PROJECTIONS), info.num_experts)
+            bias = np.asarray(bias, np.float32)
+            if bias.shape != shape or not np.isfinite(bias).all():
+                raise UsageError(
+                    f"The router bias must be finite numbers of shape {shape}, got {bias.shape}.",
+                    f"路由偏置应为形状 {shape} 的有限数值，实际为 {bias.shape}。",
+                )
+        if interventions and not info.num_experts:
+            raise UsageError("This model has no experts to intervene on.", "该模型没有专家，无法进行干预。")
+        return compile_interventions(interventions, info.num_layers, info.num_experts, info.top_k, bias)
 
 
 @dataclass
@@ -154,7 +173,7 @@ class _Request:
     prompt_ids: list[int]
     dropped_turns: int
     params: SamplingParams
-    bias: np.ndarray | None
+    changes: Compiled
     cancel: threading.Event
 
     def run(self, lock: threading.Lock) -> Iterator[Event]:
@@ -180,7 +199,7 @@ class _Request:
         cache = backend.new_cache(1, n_prompt + max_new)
         ids = np.array(self.prompt_ids, np.int64)
         began = time.monotonic()
-        logits = engine._prefill(ids, cache, self.bias, self.record, self._interrupted)
+        logits = engine._prefill(ids, cache, self.changes, self.record, self._interrupted)
         self.prefill_seconds = time.monotonic() - began
         if logits is None:
             self.tokens = self.tokens[: self.record.length if self.record else 0]
@@ -195,7 +214,7 @@ class _Request:
         A token's router rows come from the forward that reads it, so a token is announced after that forward: the
         event carries its own routing. The forward of the last token is what its routing costs.
         """
-        backend, stop_ids = self.engine.backend, self.engine.tokenizer.stop_ids
+        stop_ids = self.engine.tokenizer.stop_ids
         sampler, pieces = Sampler(self.params), self.engine.tokenizer.piece_stream()
         piece, pending, new = self._next_piece(), 0, 0
         reason = "length"
@@ -208,7 +227,7 @@ class _Request:
             if token in stop_ids:
                 reason = "stop"
                 break
-            step = backend.forward([np.array([token], np.int64)], cache, router_bias=self.bias)
+            step = self.engine.forward(np.array([token], np.int64), cache, self.changes)
             logits = step.logits
             if self.record is not None and step.experts is not None and step.weights is not None:
                 self.record.append(step.experts[0], step.weights[0])
@@ -265,7 +284,7 @@ class _Request:
         info = self.engine.info
         if not self.params.trace or info.num_experts == 0:
             return None
-        return RoutingRecord(capacity, info.num_layers, len(PROJECTIONS), info.top_k)
+        return RoutingRecord(capacity, info.num_layers, len(PROJECTIONS), self.changes.largest_k(info.top_k))
 
     def _trace(self, start: int) -> RouterTrace | None:
         if self.record is None:
@@ -278,7 +297,12 @@ class _Request:
             num_experts=info.num_experts,
             model=info.title,
             fingerprint=info.fingerprint,
-            config={**info.adapter_config, "backend": info.backend, "precision": info.precision},
+            config={
+                **info.adapter_config,
+                "backend": info.backend,
+                "precision": info.precision,
+                **described(self.params.interventions),
+            },
         )
 
 

@@ -27,6 +27,15 @@ class Compiled:
     bias: np.ndarray | None
     gates: Gates | None
 
+    @property
+    def rows(self) -> np.ndarray | None:
+        """The bias of a batch of one row, [1, L, P, E]."""
+        return None if self.bias is None else self.bias[None]
+
+    def largest_k(self, top_k: int) -> int:
+        """Experts per cell that a trace of the request shows; `top_k` is the adapter's."""
+        return top_k if self.gates is None else int(self.gates.top_k.max())
+
 
 def compile_interventions(
     interventions: Sequence[Intervention], layers: int, experts: int, top_k: int, bias: np.ndarray | None = None
@@ -88,6 +97,18 @@ def parse_intervention(text: str) -> Intervention:
         layers = (int(first), int(last or first))
     projections = tuple((match["projections"] or "+".join(PROJECTIONS)).split("+"))
     return Intervention(match["kind"], int(match["value"]) if match["value"] else None, layers, projections)
+
+
+def written(one: Intervention) -> str:
+    """The text that `parse_intervention` reads."""
+    value = "" if one.value is None else f":{one.value}"
+    layers = "" if one.layers is None else f"@{one.layers[0]}-{one.layers[1]}"
+    return one.kind + value + layers + ("" if one.projections == PROJECTIONS else f"/{'+'.join(one.projections)}")
+
+
+def described(interventions: Sequence[Intervention]) -> dict[str, list[str]]:
+    """Entry of a trace's config; empty without interventions."""
+    return {"interventions": [written(one) for one in interventions]} if interventions else {}
 
 
 def _check(one: Intervention, layers: int, experts: int) -> None:

@@ -66,12 +66,14 @@ def load_torch_model(
     model.eval()
     injected = None
     if adapter is not None:
-        injected = inject_molora(model, adapter.config, attention=False)
+        injected = inject_molora(model, adapter.config, merged=True)
         load_into(injected, adapter)
         if COMPUTE_DTYPE[precision] != torch.float32:
             for linear in injected.linears.values():  # routers stay float32; ranks run in the compute dtype
                 linear.B.data = linear.B.data.to(COMPUTE_DTYPE[precision])
                 linear.rank_router.A.data = linear.rank_router.A.data.to(COMPUTE_DTYPE[precision])
+            for lora in injected.attention.values():
+                lora.A.data, lora.B.data = (p.data.to(COMPUTE_DTYPE[precision]) for p in (lora.A, lora.B))
     return TorchModel(model, injected, source.config, precision, where)
 
 

@@ -66,8 +66,9 @@ def gated_ffns(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def inject_molora(model: nn.Module, config: MoLoRAConfig, *, attention: bool = True) -> InjectedModel:
-    """Wraps every FFN projection (and, with `attention`, the attention targets) in place; base parameters are frozen.
+def inject_molora(model: nn.Module, config: MoLoRAConfig, *, merged: bool = False) -> InjectedModel:
+    """Wraps every FFN projection and the attention targets in place; base parameters are frozen. `merged`: the base's
+    attention weights hold their LoRA already.
 
     Adapter parameters are float32 on the device of the layer they wrap. Raises AdapterError when the structure
     is missing or MoLoRA is there already.
@@ -89,11 +90,11 @@ def inject_molora(model: nn.Module, config: MoLoRAConfig, *, attention: bool = T
             setattr(ffn, f"{projection}_proj", wrapped)
             linears[layer, projection] = wrapped
     wrapped_attention: dict[tuple[int, str], LoRALinear] = {}
-    if attention and config.attention_targets:
+    if config.attention_targets:
         for layer, block in enumerate(_attention_blocks(model, config)):
             for target in config.attention_targets:
                 base = getattr(block, target)
-                lora = LoRALinear(base, config, next(base.parameters()).device, layer, state)
+                lora = LoRALinear(base, config, next(base.parameters()).device, layer, state, merged=merged)
                 setattr(block, target, lora)
                 wrapped_attention[layer, target] = lora
     for added in [*linears.values(), *wrapped_attention.values()]:

@@ -227,7 +227,8 @@ class MoLoRALinear(nn.Module):
 class LoRALinear(nn.Module):
     """Ordinary LoRA around a frozen linear, for the attention projections: y = W0 x + s B A dropout(x).
 
-    `A` [r, in] Kaiming-uniform, `B` [out, r] zero. Used in training; serving merges it into the base weight.
+    `A` [r, in] Kaiming-uniform, `B` [out, r] zero. Serving merges it into the base weight: a `merged` one adds nothing, and
+    takes away what a request switches off.
     """
 
     def __init__(
@@ -237,10 +238,13 @@ class LoRALinear(nn.Module):
         device: torch.device | None = None,
         layer: int = 0,
         state: RoutingState | None = None,
+        *,
+        merged: bool = False,
     ):
         super().__init__()
         self.base_layer = base_layer
         self.layer = layer
+        self.merged = merged
         self._state = state or RoutingState()
         self.scale = config.scale
         self.in_features: int = base_layer.in_features  # type: ignore[assignment]  # declared by every linear
@@ -254,10 +258,13 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the base layer's output dtype."""
         y = self.base_layer(x)
-        x = self.dropout(x)
         gates = self._state.gates
+        if gates is None and self.merged:
+            return y
+        x = self.dropout(x)
         if gates is not None:
-            x = x * _broadcast_rows(gates.attention[:, self.layer, None], x).to(x.dtype)
+            strength = gates.attention[:, self.layer, None] - float(self.merged)
+            x = x * _broadcast_rows(strength, x).to(x.dtype)
         return AddLoRA.apply(_owned(y), x.flatten(0, -2), self.A, self.B, self.scale)
 
 
