@@ -37,6 +37,8 @@ class Specialisation:
     """H(p): what groups that share no expert would have"""
     pairs: np.ndarray
     """[G, G]: divergence of two groups weighted alike, mean over layers and projections"""
+    whole_texts: bool
+    """chance dealt out the labels of whole texts, not of tokens"""
 
     @property
     def beyond_chance(self) -> float:
@@ -78,6 +80,7 @@ def specialisation(
         np.percentile(shuffled, 95, axis=0).reshape(shape),
         float(_entropy(sizes / sizes.sum())),
         _pairwise(shares),
+        unit is not None,
     )
 
 
