@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -43,8 +44,10 @@ PREFILL_CHUNK = 256  # tokens per prefill call: between two chunks a request can
 class Engine:
     """A loaded model. Make one with `Engine.load(settings)`, or from a backend and a tokenizer."""
 
-    def __init__(self, backend: Backend, tokenizer: ChatTokenizer, info: EngineInfo):
+    def __init__(self, backend: Backend, tokenizer: ChatTokenizer, info: EngineInfo, adapter: Path | None = None):
+        """`adapter`: the folder that the experts came from."""
         self.backend = backend
+        self.adapter = adapter
         self.tokenizer = tokenizer
         self.info = info
         self._lock = threading.Lock()

@@ -51,7 +51,7 @@ def load_engine(settings: Settings, progress: ProgressCallback | None = None) ->
 
         model_ready = load_torch_model(local, adapter, precision, device, progress)
         backend = TorchBackend(model_ready, settings.context, settings.threads)
-    return Engine(backend, ChatTokenizer.from_folder(local.home), _info(local, adapter, backend))
+    return Engine(backend, ChatTokenizer.from_folder(local.home), _info(local, adapter, backend), local.adapter)
 
 
 def choose_backend(settings: Settings, model: Model) -> tuple[str, str, str]:

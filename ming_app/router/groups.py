@@ -63,6 +63,11 @@ def _character_class(character: str) -> str:
     return "punctuation" if category[0] in "PS" else "other"
 
 
+def option_letters(text: str) -> list[str]:
+    """Letters of the options that a question lists, from A on; empty unless there are two at least."""
+    return [chr(ord("A") + i) for i in range(len(_options(text)))]
+
+
 def _by_role(trace: RouterTrace) -> Grouping:
     return Grouping("role", ("prompt", "answer"), trace.is_answer().astype(int))
 

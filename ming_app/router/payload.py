@@ -3,6 +3,9 @@
 Everything is a flat string that only ever grows at its end, so that a streaming update costs what is new:
 `tokens` one JSON array per line, `experts` and `weights` base64 of uint8 rows [L, P, k] (weights scaled to 0..255).
 A row has L * 3 * k bytes, a multiple of three, so base64 chunks of whole rows join without padding.
+
+A finished trace that was measured has two more: `c` rows [L, P, k] of contributions (4 (c / 255)^2, so that small ones stay
+apart), `h` rows [L, P] of the routers' entropy (h / 255 of log E); its tokens then end with their likeliest alternatives.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from ming_app.molora.trace import RouterTrace, TraceToken
+from ming_app.router.statistics import router_entropy
 
 VERSION = 1
+LARGEST_CONTRIBUTION = 4.0
 STATES = ("empty", "live", "done", "no_adapter")
 
 
@@ -33,6 +38,8 @@ def empty_payload(state: str = "empty") -> dict[str, Any]:
         "tokens": "",
         "e": "",
         "w": "",
+        "c": "",
+        "h": "",
     }
 
 
@@ -68,6 +75,8 @@ class LivePayload:
             "tokens": self._tokens[0],
             "e": self._experts[0],
             "w": self._weights[0],
+            "c": "",
+            "h": "",
         }
 
 
@@ -75,12 +84,21 @@ def trace_payload(trace: RouterTrace, key: str) -> dict[str, Any]:
     """Payload of a finished trace."""
     live = LivePayload(key, trace.num_experts, trace.model)
     live.extend(trace.tokens, trace.experts, trace.weights)
-    return live.to_dict(done=True)
+    payload = live.to_dict(done=True)
+    if trace.contributions is not None:
+        share = np.clip(trace.contributions.astype(np.float32) / LARGEST_CONTRIBUTION, 0.0, 1.0)
+        payload["c"] = _base64(np.rint(np.sqrt(share) * 255).astype(np.uint8))
+    entropy = router_entropy(trace)
+    if entropy is not None:
+        payload["h"] = _base64(np.rint(np.clip(entropy, 0.0, 1.0) * 255).astype(np.uint8))
+    return payload
 
 
 def _token_line(token: TraceToken) -> str:
     logprob = None if token.logprob is None else round(token.logprob, 4)
-    row = [token.id, token.text, int(token.role == "answer"), token.piece, logprob]
+    row: list[Any] = [token.id, token.text, int(token.role == "answer"), token.piece, logprob]
+    if token.others:
+        row.append([[text, round(value, 4)] for text, value in token.others])
     return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 

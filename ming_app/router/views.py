@@ -94,7 +94,8 @@ def load_view(trace: RouterTrace, lang: str, projection: int = 0, rows: np.ndarr
         x=[_expert(lang, e) for e in range(E)],
         y=[str(layer) for layer in range(trace.num_layers)],
         low=0.0,
-        high=max(2 * even, float(share.max(initial=0))),
+        high=2 * even,
+        diverging=True,
         text=marks,
         hover=f"{say(lang, 'layer')} %{{y}}, %{{x}}: %{{z:.1%}}<extra></extra>",
         axes=("", say(lang, "layer")),
@@ -123,8 +124,11 @@ def load_view(trace: RouterTrace, lang: str, projection: int = 0, rows: np.ndarr
     return View("load", say(lang, "load.title"), note, figure, Table(columns, rows_of_table))
 
 
-def specialisation_view(trace: RouterTrace, lang: str, grouping: Grouping, projection: int = 0) -> View | None:
-    """Divergence of a grouping by layer, with the band of shuffled labels; None when fewer than two groups have tokens."""
+def specialisation_view(
+    trace: RouterTrace, lang: str, grouping: Grouping, projection: int = 0, layer: int = 0
+) -> View | None:
+    """Divergence of a grouping by layer, with the band of shuffled labels, over the groups' shares in one layer; None when
+    fewer than two groups have tokens."""
     found = specialisation(trace, grouping)
     if found is None:
         return None
@@ -135,23 +139,37 @@ def specialisation_view(trace: RouterTrace, lang: str, grouping: Grouping, proje
         _line(layers, mean, say(lang, "chance"), INK, fill=True),
         _line(layers, own, say(lang, "divergence"), PALETTE[0], width=3),
     ]
+    shares = _groups_figure(found, lang, layer, projection)
+    below = 60 + 26 * len(found.names)
+    split = below / (below + 300)
+    heat = shares["data"][0] | {"xaxis": "x2", "yaxis": "y2"}
+    heat["colorbar"] |= {"y": split / 2, "len": split}
     figure = {
-        "data": lines,
-        "layout": _layout(
-            340, xaxis=_axis(say(lang, "layer")), yaxis=_axis(say(lang, "divergence"), rangemode="tozero")
+        "data": [*lines, heat],
+        "layout": layout(
+            300 + below,
+            xaxis=axis(say(lang, "layer"), anchor="y"),
+            yaxis=axis(say(lang, "divergence"), rangemode="tozero", domain=[split + 0.12, 1]),
+            xaxis2=shares["layout"]["xaxis"] | {"anchor": "y2", "domain": [0, 1]},
+            yaxis2=shares["layout"]["yaxis"] | {"anchor": "x2", "domain": [0, split - 0.06]},
         ),
     }
-    columns = _columns(lang, "layer", "matrix", "divergence", "chance", "chance_high", "outside")
+    names = [name_of(lang, "name", name) for name in found.names]
+    columns = (
+        *_columns(lang, "layer", "matrix", "divergence", "chance", "chance_high", "outside"),
+        *(f"{name}, {_expert(lang, e)}" for name in names for e in range(trace.num_experts)),
+    )
     rows = [
         (
-            layer,
+            at,
             trace.projections[p],
-            _round(found.divergence[layer, p]),
-            _round(found.chance[layer, p]),
-            _round(found.chance_high[layer, p]),
-            say(lang, "yes") if found.divergence[layer, p] > found.chance_high[layer, p] else "",
+            _round(found.divergence[at, p]),
+            _round(found.chance[at, p]),
+            _round(found.chance_high[at, p]),
+            say(lang, "yes") if found.divergence[at, p] > found.chance_high[at, p] else "",
+            *(_round(value) for value in found.share[:, at, p].ravel()),
         )
-        for layer, p in np.ndindex(*found.divergence.shape)
+        for at, p in np.ndindex(*found.divergence.shape)
     ]
     kind = name_of(lang, "kind", found.kind)
     note = say(
@@ -159,13 +177,14 @@ def specialisation_view(trace: RouterTrace, lang: str, grouping: Grouping, proje
         "spec.note",
         beyond=percent(found.beyond_chance),
         cells=found.divergence.size,
+        layer=layer,
         largest=f"{found.largest:.2f}",
         unit=say(lang, "spec.by_text" if found.whole_texts else "spec.by_token"),
     )
     return View(f"specialisation-{found.kind}", say(lang, "spec.title", kind=kind), note, figure, Table(columns, rows))
 
 
-def groups_view(found: Specialisation, lang: str, layer: int, projection: int) -> Figure:
+def _groups_figure(found: Specialisation, lang: str, layer: int, projection: int) -> Figure:
     """Share of every expert for every group, one layer and projection."""
     names = [f"{name_of(lang, 'name', name)} ({size})" for name, size in zip(found.names, found.sizes, strict=True)]
     share = found.share[:, layer, projection]
@@ -242,7 +261,7 @@ def flow_view(trace: RouterTrace, lang: str, projection: int, first: int = 0, ro
     table = [(layer, i, j, int(counts[layer, i, j])) for layer, i, j in np.ndindex(*counts.shape)]
     columns = (*_columns(lang, "layer", "from", "to"), say(lang, "tokens"))
     note = say(lang, "flow.note", first=first, last=last, matrix=trace.projections[projection])
-    figure = {"data": [sankey], "layout": _layout(360)}
+    figure = {"data": [sankey], "layout": layout(360)}
     return View("flow", say(lang, "flow.title"), note, figure, Table(columns, table))
 
 
@@ -250,16 +269,12 @@ def alike_view(similarity: np.ndarray, trace: RouterTrace, lang: str, layer: int
     """Cosine of the experts' updates, float [L, P, E, E] (molora.similarity), for one layer and projection."""
     E = similarity.shape[-1]
     names = [_expert(lang, e) for e in range(E)]
-    figure = _heatmap(
-        similarity[layer, projection],
-        names,
-        names,
-        -1.0,
-        1.0,
-        hover="%{y}, %{x}: %{z:.2f}<extra></extra>",
-        square=True,
-        diverging=True,
-    )
+    apart = ~np.eye(E, dtype=bool)
+    span = max(0.1, float(np.abs(similarity[:, :, apart]).max(initial=0)))  # one scale for all layers
+    matrix = similarity[layer, projection].astype(object)
+    np.fill_diagonal(matrix, None)
+    hover = "%{y}, %{x}: %{z:.3f}<extra></extra>"
+    figure = _heatmap(matrix, names, names, -span, span, hover=hover, square=True, diverging=True)
     table = [
         (at, trace.projections[p], i, j, _round(similarity[at, p, i, j]))
         for at, p, i, j in np.ndindex(*similarity.shape)
@@ -357,12 +372,12 @@ def _heatmap(
     if text is not None:
         trace |= {"text": text, "texttemplate": "%{text}", "textfont": {"size": 13}}
     height = 340 if square else 110 + 17 * len(y)
-    yaxis = _axis(axes[1], autorange="reversed", type="category")
+    yaxis = axis(axes[1], autorange="reversed", type="category")
     if square:
         yaxis |= {"scaleanchor": "x", "constrain": "domain"}
     named = bool(x) and isinstance(x[0], str)
-    xaxis = _axis(axes[0], constrain="domain", **({"type": "category"} if named else {}))
-    return {"data": [trace], "layout": _layout(height, xaxis=xaxis, yaxis=yaxis)}
+    xaxis = axis(axes[0], constrain="domain", **({"type": "category"} if named else {}))
+    return {"data": [trace], "layout": layout(height, xaxis=xaxis, yaxis=yaxis)}
 
 
 def _line(
@@ -386,11 +401,13 @@ def _line(
     return {**line, "fill": "tonexty", "fillcolor": "rgba(113,132,139,.18)"} if fill else line
 
 
-def _axis(title: str = "", **more: Any) -> dict[str, Any]:
+def axis(title: str = "", **more: Any) -> dict[str, Any]:
+    """A plotly axis in our colours."""
     return {"title": {"text": title}, "gridcolor": GRID, "zeroline": False, "automargin": True, **more}
 
 
-def _layout(height: int, **more: Any) -> dict[str, Any]:
+def layout(height: int, **more: Any) -> dict[str, Any]:
+    """A plotly layout of that height in pixels, on a clear ground."""
     return {
         "height": height,
         "margin": {"l": 50, "r": 20, "t": 20, "b": 45},

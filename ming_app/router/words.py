@@ -43,8 +43,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "load.cell": ("layer {layer} {matrix}: {experts}", "第 {layer} 层 {matrix}：{experts}"),
     "spec.title": ("Do groups of tokens use different experts? By {kind}", "不同组别的词元是否使用不同专家？按{kind}"),
     "spec.note": (
-        "Jensen-Shannon divergence between the groups' expert distributions, against the same with labels dealt out at random ({unit}). {beyond} of the {cells} routers lie beyond the 95th percentile of chance; 5 % would mean nothing. At most {largest} bits are possible here.",
-        "各组专家分布之间的 Jensen-Shannon 散度，并与随机打乱标签（{unit}）的结果比较。{cells} 个路由器中有 {beyond} 超出随机的第 95 百分位；若为 5% 则毫无意义。此处的上限为 {largest} 比特。",
+        "Jensen-Shannon divergence between the groups' expert distributions, against the same with labels dealt out at random ({unit}). {beyond} of the {cells} routers lie beyond the 95th percentile of chance; 5 % would mean nothing. At most {largest} bits are possible here. Below: which experts each group uses in layer {layer}.",
+        "各组专家分布之间的 Jensen-Shannon 散度，并与随机打乱标签（{unit}）的结果比较。{cells} 个路由器中有 {beyond} 超出随机的第 95 百分位；若为 5% 则毫无意义。此处的上限为 {largest} 比特。下图：各组在第 {layer} 层使用的专家。",
     ),
     "spec.by_text": ("whole texts at a time", "以整段文本为单位"),
     "spec.by_token": ("token by token", "以词元为单位"),

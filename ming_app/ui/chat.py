@@ -20,6 +20,7 @@ from ming_app.engine.types import Finish, Message, SamplingParams, Start, Token
 from ming_app.errors import MingError
 from ming_app.molora.trace import RouterTrace
 from ming_app.router.payload import LivePayload, empty_payload, trace_payload
+from ming_app.ui.explorer import Explorer
 from ming_app.ui.pump import Pump, Streams
 from ming_app.ui.text import refusal
 
@@ -39,6 +40,8 @@ class Turn:
     role: str
     text: str
     reason: str = ""
+    exhibit: str = ""
+    """key of an answer's trace in the explorer"""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class Session:
     payload: dict[str, Any] = field(default_factory=empty_payload)
     trace: RouterTrace | None = None
     """routing of the last answer, once it is finished"""
+    explorer: Explorer = field(default_factory=Explorer)
+    """traces to look at closely: every answer, opened files, answers made again"""
 
     @property
     def question_waits(self) -> bool:
@@ -272,6 +277,8 @@ class _Writer:
         if event.trace is not None:
             session.trace = event.trace
             session.payload = trace_payload(event.trace, self.key)
+            asked = [Message(turn.role, turn.text) for turn in session.turns[:-1]]
+            self.turn.exhibit = session.explorer.add(asked[-1].content, event.trace, asked, self.turn.text).key
 
 
 def refuse(session: Session, error: MingError) -> None:

@@ -26,14 +26,14 @@ def words(lang: str) -> str:
     return json.dumps(panel_texts(lang), ensure_ascii=False)
 
 
-def panel(lang: str) -> gr.HTML:
-    """The panel, empty. Update it with `gr.update(value=payload)` and `gr.update(words=words(lang))`."""
+def panel(lang: str, elem_id: str = "ming-panel") -> gr.HTML:
+    """The panel, empty. Its `select` event tells layer and matrix when a person chose them. Update it with `gr.update(value=payload)` and `gr.update(words=words(lang))`."""
     return gr.HTML(
         value=empty_payload(),
         html_template=read("panel.html"),
         js_on_load="\n".join(read(name) for name in SCRIPTS),
         apply_default_css=False,
-        elem_id="ming-panel",
+        elem_id=elem_id,
         words=words(lang),
     )
 

@@ -19,6 +19,7 @@ from ming_app.ui import chat, experts, render
 from ming_app.ui.about import about
 from ming_app.ui.bilingual import Bilingual
 from ming_app.ui.chat import MAX_CHARS, Session
+from ming_app.ui.explorer_tab import ExplorerTab
 from ming_app.ui.handlers import Handlers
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.text import t
@@ -52,7 +53,7 @@ class Page:
         with self.blocks:
             self.session = gr.State(Session(), delete_callback=chat.abandon)
             self._header()
-            with gr.Tabs(elem_id="ming-tabs"):
+            with gr.Tabs(elem_id="ming-tabs") as self.tabs:
                 with (
                     self.words(gr.Tab, lambda lang: {"label": t(lang, "tab.chat")}, id="chat"),
                     gr.Row(elem_id="ming-main"),
@@ -61,6 +62,9 @@ class Page:
                         self._chat()
                     with gr.Column(elem_id="ming-panel-card", elem_classes="m-card"):
                         self._experts()
+                self.explorer_tab = self.words(gr.Tab, lambda lang: {"label": t(lang, "tab.experts")}, id="experts")
+                with self.explorer_tab:
+                    self.explorer = ExplorerTab(self.words, self.do, self.session)
                 with self.words(gr.Tab, lambda lang: {"label": t(lang, "tab.about")}, id="about"):
                     self.words(gr.HTML, lambda lang: {"value": about(lang)}, apply_default_css=False)
             self.words(
@@ -260,6 +264,7 @@ class Page:
             saved = button.click(self.do.save(kind), [self.session], self.download, **QUIET)
             saved.success(None, [self.download], None, js="(file) => ming.save(file)")
             saved.failure(self.do.show, [self.session], page, **QUIET)
+        self.explorer.wire(self.tabs, self.explorer_tab)
         self._wire_frame()
 
     def _wire_frame(self) -> None:
@@ -275,13 +280,14 @@ class Page:
         )
         arrived.then(None, None, None, js="() => ming.ready()")
         arrived.then(self.do.look, [self.session], engine, **QUIET)
-        self.lang.input(
+        reworded_page = self.lang.input(
             self.do.reword,
             [self.session, self.lang],
             reworded,
             js="(s, lang) => { ming.setLang(lang); return [s, lang]; }",
             **QUIET,
         )
+        reworded_page.then(self.explorer.refresh, [self.session], self.explorer.everything, **QUIET)
         self.theme.input(None, [self.theme], None, js="(theme) => ming.setTheme(theme)")
         self.timer.tick(self.do.look, [self.session], engine, **QUIET)
         self.reload.click(self.do.reload, [self.session], engine, **QUIET)

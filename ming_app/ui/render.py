@@ -156,6 +156,7 @@ def browser_words(lang: str) -> str:
         "was": was,
         "now": {key: t(lang, key) for key in was},
         "log": t(lang, "chat.label"),
+        "open": t(lang, "exp.open_answer"),
         "user": t(lang, "chat.input_label"),
         "bot": t(lang, "chat.answer_label"),
     }

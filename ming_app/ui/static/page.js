@@ -82,6 +82,17 @@
       for (const name of ["aria-label", "title"]) if (button.hasAttribute(name)) put(button, name, table.now[key]);
     }
     if (document.title !== table.title) document.title = table.title;
+    // Every answer leads to the explorer: a button of ours at the end of Gradio's own.
+    document.querySelectorAll("#ming-chat .message-buttons-left .icon-button-wrapper").forEach((bar, index) => {
+      let made = bar.querySelector(".m-open");
+      if (!made) {
+        made = Object.assign(document.createElement("button"), { type: "button", className: "m-open" });
+        made.addEventListener("click", () => { ming.opened = +made.dataset.index; document.querySelector("#ming-open-answer").click(); });
+        bar.append(made);
+      }
+      if (made.textContent !== table.open) made.textContent = table.open;
+      if (made.dataset.index !== String(index)) made.dataset.index = index;
+    });
     const log = document.querySelector("#ming-chat [role=log]");
     if (log) put(log, "aria-label", table.log);
     for (const made of document.querySelectorAll("#ming-chat [data-testid=user], #ming-chat [data-testid=bot]")) put(made, "aria-label", table[made.dataset.testid]);

@@ -125,6 +125,7 @@ function mark() {
 
 // After another layer or projection was chosen.
 function lookAnew() {
+  trigger("select", { value: JSON.stringify({ layer: view.layer, projection: view.projection }) });
   for (const input of element.querySelectorAll(".xp-seg input")) input.checked = +input.value === view.projection;
   frame();
   repaint();
@@ -177,6 +178,7 @@ function detail() {
     }
     head.append(parts);
   }
+  if (token.others.length) head.append(node("span", "xp-others", say("others", { list: token.others.map(([text, p]) => `${quoted(text)} ${(Math.exp(p) * 100).toFixed(1)}%`).join(" · ") })));
   const kept = box.querySelector(".xp-scroll")?.scrollTop, scroll = node("div", "xp-scroll"), made = node("table", "xp-grid");
   made.append(headRow([say("layer"), ...PROJECTIONS]));
   const body = made.appendChild(node("tbody"));
@@ -207,6 +209,8 @@ function detailRow(layer) {
       bars.append(bar);
     }
     cell.append(bars);
+    const added = trace.added(view.token, layer, projection), entropy = trace.entropy(view.token, layer, projection);
+    if (added) cell.append(node("span", "xp-added", say("added", { list: added.map((share) => `${(share * 100).toFixed(1)}%`).join(" · "), entropy: entropy === null ? "–" : entropy.toFixed(2) })));
     cell.onclick = () => pick(view.token, layer, projection);
     row.append(cell);
   });

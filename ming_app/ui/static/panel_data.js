@@ -24,6 +24,8 @@ class Trace {
     this.append("w", payload.w.slice(this.seen.w.length));
     for (const line of payload.tokens.slice(this.seen.tokens.length).split("\n")) if (line) this.addToken(JSON.parse(line));
     this.seen = { tokens: payload.tokens, e: payload.e, w: payload.w };
+    this.contributions = bytesOf(payload.c);
+    this.entropies = bytesOf(payload.h);
     this.size = Math.min(this.tokens.length, Math.floor(this.length.e / Math.max(this.row, 1)));
     return !grown;
   }
@@ -43,8 +45,8 @@ class Trace {
     this.length[name] += text.length;
   }
 
-  addToken([id, text, answer, piece, logprob]) {
-    const index = this.tokens.push({ id, text, answer: !!answer, piece, logprob }) - 1;
+  addToken([id, text, answer, piece, logprob, others = []]) {
+    const index = this.tokens.push({ id, text, answer: !!answer, piece, logprob, others }) - 1;
     if (!answer) this.split = index + 1;
     const last = this.pieces[this.pieces.length - 1];
     if (last && last.piece === piece && last.answer === !!answer) {
@@ -60,6 +62,17 @@ class Trace {
   chosen(token, layer, projection) {
     const { k } = this.head, from = token * this.row + (layer * 3 + projection) * k;
     return Array.from({ length: k }, (_, j) => [this.bytes.e[from + j], this.bytes.w[from + j] / 255]);
+  }
+
+  // k contributions (|what the expert adds| / |the base's output|) beside `chosen`; null where they were not measured.
+  added(token, layer, projection) {
+    const { k } = this.head, from = token * this.row + (layer * 3 + projection) * k;
+    return this.contributions.length ? Array.from({ length: k }, (_, j) => 4 * (this.contributions[from + j] / 255) ** 2) : null;
+  }
+
+  // Entropy of the router, 0..1 of log E; null where it was not measured.
+  entropy(token, layer, projection) {
+    return this.entropies.length ? this.entropies[token * this.head.layers * 3 + layer * 3 + projection] / 255 : null;
   }
 
   top(token, layer, projection) { return this.bytes.e[token * this.row + (layer * 3 + projection) * this.head.k]; }
@@ -79,4 +92,8 @@ class Trace {
     const all = counts.reduce((a, b) => a + b, 0) || 1;
     return counts.map((n) => n / all);
   }
+}
+
+function bytesOf(base64) {
+  return Uint8Array.from(atob(base64 || ""), (character) => character.charCodeAt(0));
 }

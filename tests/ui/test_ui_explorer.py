@@ -1,0 +1,141 @@
+"""The explorer's handlers over a tiny real engine: what is on the shelf, every view, close looks, changed experts, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import plotly.graph_objects as go
+import pytest
+
+from ming_app.engine.backends.torch import TorchBackend
+from ming_app.engine.engine import Engine
+from ming_app.engine.prompt import ChatTokenizer
+from ming_app.engine.types import EngineInfo, SamplingParams
+from ming_app.models.load import load_torch_model
+from ming_app.molora.checkpoint import save_adapter
+from ming_app.settings import Settings
+from ming_app.ui import chat
+from ming_app.ui.chat import Session
+from ming_app.ui.explorer import VIEWS, answers_html
+from ming_app.ui.loader import EngineLoader
+from ming_app.ui.page import Page
+from tests.tiny import make_adapter, write_base
+
+EXAM = "Which one?\nA. flu\nB. gout"
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory) -> Engine:
+    base = write_base(tmp_path_factory.mktemp("base"))
+    adapter = make_adapter(base)
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    save_adapter(folder, adapter)
+    backend = TorchBackend(load_torch_model(base, adapter), 512)
+    info = EngineInfo("tiny", "Tiny", "torch", "float32", "cpu", 2, 4, 2, 512, "ab+cd", adapter.config.to_dict())
+    return Engine(backend, ChatTokenizer.from_folder(base), info, folder)
+
+
+@pytest.fixture
+def tab(engine: Engine):
+    return Page(EngineLoader.of(engine), Settings()).explorer
+
+
+@pytest.fixture
+def session(engine: Engine) -> Session:
+    """A visitor who asked two questions."""
+    made = Session()
+    for question in ("What is gout?", EXAM):
+        chat.ask(made, question)
+        for _ in chat.answer(engine, made, SamplingParams(10, temperature=0)):
+            pass
+    return made
+
+
+def shown(tab, updates: list) -> dict:
+    """Outputs by the name of their attribute."""
+    names = {id(component): name for name, component in vars(tab).items() if hasattr(component, "_id")}
+    return {names[id(c)]: update for c, update in zip(tab.everything, updates, strict=True)}
+
+
+def test_answers_are_on_the_shelf_newest_first(tab, session: Session) -> None:
+    found = shown(tab, tab.refresh(session))
+    titles = [title for title, _ in found["source"]["choices"]]
+    assert titles[0].startswith("Which one? A. flu B. gout") and titles[1].startswith("What is gout?")
+    assert found["source"]["value"] == found["source"]["choices"][0][1]
+    assert len(found["other"]["choices"]) == 1 and found["panel"]["layers"] == 2 and found["last"]["value"] == 1
+    assert "Load of the experts" in found["heading"] and isinstance(found["plot"]["value"], go.Figure)
+    opened = tab.show_answer(session, 0)
+    assert opened[0].selected == "experts" and session.explorer.current.title == "What is gout?"
+    chat.clear(session)
+    assert session.explorer.current is None
+    assert "Nothing to look at yet" in shown(tab, tab.refresh(session))["heading"]
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_every_view_after_a_close_look(tab, session: Session, lang: str) -> None:
+    session.lang = lang
+    session.explorer.view = "contribution"
+    before = shown(tab, tab.refresh(session))
+    assert before["plot"]["value"] is None and ("深入测量" in before["heading"] or "Look closely" in before["heading"])
+    assert not before["panel"]["c"]
+    tab.look_closely(session)
+    assert session.explorer.payload()["c"] and session.explorer.payload()["h"]
+    other = session.explorer.exhibits[1].key
+    for view in VIEWS:
+        grouping, heading, plot, detail = tab.redraw(session, view, None, True, other)
+        assert "<h3>" in heading and "<table" in detail or "<p>" in detail, view
+        assert (plot["value"] is None) == (view == "vocabulary"), view
+        assert grouping["visible"] == (view == "groups")
+    kinds = [kind for _, kind in tab.redraw(session, "groups", "class", False, None)[0]["choices"]]
+    assert {"role", "class", "part"} <= set(kinds)
+
+
+def test_the_panel_leads_the_views(tab, session: Session) -> None:
+    tab.redraw(session, "together", None, False, None)
+    heading = tab.follow(session, SimpleNamespace(value='{"layer": 1, "projection": 2}'))[1]
+    assert "layer 1, down" in heading
+
+
+def test_changes_are_listed_checked_and_act(tab, session: Session) -> None:
+    listed, notice = tab.add_change(session, "ban", 1, 0, 1, ["gate", "up", "down"], [])
+    assert listed["value"] == ["ban:1"] and notice == ""
+    listed, _ = tab.add_change(session, "off", 0, 1, 1, ["down"], ["ban:1"])
+    assert listed["value"] == ["ban:1", "off@1-1/down"]
+    _, notice = tab.add_change(session, "ban", 9, 0, 1, ["gate"], [])
+    assert "from 0 to 3" in notice
+    *_, last = tab.answer_again(session, ["ban:1"])
+    assert "xv-pair" in last[0] and len(session.explorer.exhibits) == 4
+    changed = session.explorer.exhibits[0]
+    assert changed.trace.config["interventions"] == ["ban:1"] and not (changed.trace.experts == 1).any()
+    assert session.explorer.other == changed.key and "[ban:1]" in last[2]["choices"][0][0]
+    heading, plot, detail, notice = tab.read_again(session, ["off@0-1"])
+    assert "Options of the question: A " in heading and "→" in heading and notice == ""
+    assert isinstance(plot["value"], go.Figure) and "divergence (nats)" in detail
+    assert "Add a change first" in tab.read_again(session, [])[-1]
+
+
+def test_records_are_opened_and_bad_ones_explained(tab, session: Session, tmp_path: Path) -> None:
+    path = session.trace.save(tmp_path / "kept.npz")
+    found = shown(tab, tab.open(session, str(path)))
+    assert found["source"]["choices"][0][0].startswith("kept.npz") and session.explorer.current.messages is None
+    *_, last = tab.answer_again(session, ["ban:1"])
+    assert "came from a file" in last[-1]
+    bad = tmp_path / "bad.json"
+    bad.write_text("{")
+    assert "damaged" in tab.open(session, str(bad))[-1] and session.explorer.current.title == "kept.npz"
+
+
+def test_the_table_is_saved(tab, session: Session) -> None:
+    path = Path(tab._saver("csv")(session)["value"])
+    assert path.name == "ming-moe-load.csv" and path.read_text(encoding="utf-8").startswith("\ufefflayer,matrix,expert")
+    assert Path(tab._saver("npz")(session)["value"]).suffix == ".npz"
+
+
+def test_answers_side_by_side_are_escaped_and_marked() -> None:
+    html = answers_html("same <b>", "same <i>", "en")
+    assert "same &lt;<mark>b</mark>&gt;" in html and "same &lt;<mark>i</mark>&gt;" in html
+    assert "<mark>&lt;</mark>x" in answers_html("a<x", "a&x", "en") and "<mark>&amp;</mark>x" in answers_html(
+        "a<x", "a&x", "en"
+    )
+    assert "<mark>" not in answers_html("same", "same", "en")
