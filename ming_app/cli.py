@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ming_app import __version__
@@ -144,16 +145,37 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
         commands, "trace", cmd_trace, [common, sampling], t("make or read a router trace", "生成或查看路由轨迹")
     )
     trace.add_argument(
-        "file",
+        "files",
         metavar="FILE",
-        nargs="?",
-        help=t("trace to read, or to write with --prompt", "要读取的轨迹文件；与 --prompt 同用时为写入"),
+        nargs="*",
+        help=t(
+            "trace to read, or to write with --prompt; or one of: diff A B, merge A B ... --out FILE, report FILE --out HTML, atlas --prompts FILE --out FOLDER",
+            "要读取的轨迹文件（与 --prompt 同用时为写入）；或：diff A B、merge A B ... --out FILE、report FILE --out HTML、atlas --prompts FILE --out FOLDER",
+        ),
     )
     trace.add_argument(
         "--prompt",
         metavar="TEXT",
         help=t("answer TEXT and trace it; - reads standard input", "回答 TEXT 并记录轨迹；- 表示标准输入"),
     )
+    trace.add_argument(
+        "--intervene",
+        metavar="CHANGE",
+        action="append",
+        default=[],
+        help=t(
+            "change the experts for this answer: ban:2, force:0@4-11, k:1, uniform/down, off@0-3, base; may be repeated",
+            "本次回答中改动专家：ban:2、force:0@4-11、k:1、uniform/down、off@0-3、base；可重复",
+        ),
+    )
+    trace.add_argument(
+        "--prompts",
+        "--bank",
+        metavar="FILE",
+        help=t("atlas: texts or exam questions (TOML, JSON lines, text)", "atlas：文本或试题（TOML、JSON 行、纯文本）"),
+    )
+    trace.add_argument("--out", metavar="PATH", help=t("file or folder to write", "要写入的文件或文件夹"))
+    trace.add_argument("--limit", type=int, default=0, help=t("atlas: so many texts", "atlas：文本数量"))
 
     verify = _command(
         commands,
@@ -329,17 +351,30 @@ def cmd_chat(args: argparse.Namespace, settings: Settings, console: Console, loa
 
 
 def cmd_trace(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
-    """Summary of a trace: of a file, without any model, or of the answer to `--prompt`, kept in FILE if one is named."""
+    """Summary of a trace: of a file, without any model, or of the answer to `--prompt`, kept in FILE if one is named; or
+    what trace_tools.py does with several."""
+    from ming_app import trace_tools
     from ming_app.molora.trace import RouterTrace
     from ming_app.trace_report import print_summary, summarize
 
+    if args.files and args.files[0] in trace_tools.ACTIONS and args.prompt is None:
+        new_tokens = trace_tools.ATLAS_TOKENS if args.max_new_tokens is None else args.max_new_tokens
+        job = trace_tools.Job(tuple(args.files[1:]), args.out, args.prompts, args.limit, new_tokens)
+        console.result(trace_tools.ACTIONS[args.files[0]](job, settings, console, load_engine))
+        return 0
+    if len(args.files) > 1:
+        raise UsageError(
+            "One trace file at a time; see --help for diff and merge.",
+            "一次只能读取一个轨迹文件；diff 与 merge 见 --help。",
+        )
+    file = args.files[0] if args.files else None
     if args.prompt is None:
-        if not args.file:
+        if not file:
             raise UsageError("Name a trace file, or give --prompt.", "请给出轨迹文件，或使用 --prompt。")
-        trace = RouterTrace.load(args.file)
-        values: dict[str, Any] = {"file": args.file}
+        trace = RouterTrace.load(file)
+        values: dict[str, Any] = {"file": file}
     else:
-        trace, values = _make_trace(args, settings, console, load_engine)
+        trace, values = _make_trace(args, file, settings, console, load_engine)
     summary = summarize(trace)
     print_summary(summary, console)
     console.result({**summary, **values})
@@ -347,13 +382,15 @@ def cmd_trace(args: argparse.Namespace, settings: Settings, console: Console, lo
 
 
 def _make_trace(
-    args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine
+    args: argparse.Namespace, file: str | None, settings: Settings, console: Console, load_engine: LoadEngine
 ) -> tuple[RouterTrace, dict[str, Any]]:
     from ming_app.answering import answer
+    from ming_app.engine.interventions import parse_intervention
     from ming_app.ui.record import save_record
 
-    question, params = _question(args.prompt), _sampling(args, trace=True)
-    _check_ending(args.file)
+    changes = tuple(parse_intervention(text) for text in args.intervene)
+    question, params = _question(args.prompt), replace(_sampling(args, trace=True), interventions=changes)
+    _check_ending(file)
     with closing(load_engine(settings, console.progress)) as engine:
         if not engine.info.num_experts:
             raise _no_experts()
@@ -362,8 +399,8 @@ def _make_trace(
     trace = reply.finish.trace
     if trace is None:
         raise RuntimeError("the engine gave no trace")
-    if args.file:
-        values["file"] = str(save_record(trace, args.file))
+    if file:
+        values["file"] = str(save_record(trace, file))
     return trace, {"file": values.get("file"), "text": values["text"], "finish_reason": values["finish_reason"]}
 
 

@@ -1,4 +1,4 @@
-"""What the views of a trace say, in English and Chinese."""
+"""What the panel and the views of a trace say, in English and Chinese."""
 
 from __future__ import annotations
 
@@ -113,6 +113,88 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "report.texts": ("Texts", "文本"),
     "report.text": ("text", "文本"),
 }
+
+
+PANEL: Mapping[str, tuple[str, str]] = {
+    "title": ("Experts at work", "专家在工作"),
+    "empty": (
+        "Ask a question: every token of the answer appears here, coloured by the expert that takes it.",
+        "提问后，回答的每个词元都会显示在这里，并按处理它的专家着色。",
+    ),
+    "no_adapter": (
+        "The model runs without its expert adapter, so there is no routing to show. Start it with the bundled adapter to see the experts.",
+        "当前模型未加载专家适配器，因此没有路由可显示。请使用自带的适配器启动，即可查看专家。",
+    ),
+    "live": ("live", "实时"),
+    "counts": (
+        "{tokens} tokens · {layers} layers · {experts} experts, {k} per token",
+        "{tokens} 个词元 · {layers} 层 · {experts} 个专家，每词元 {k} 个",
+    ),
+    "what": ("What am I looking at?", "这里显示的是什么？"),
+    "what_1": (
+        "The base model is frozen. In each layer, three of its matrices (gate, up and down of the feed-forward part) carry small add-ons called LoRA experts. For every token a router scores the {experts} experts of a matrix, and the best {k} add their correction, weighted. This is a sparse mixture of LoRA experts.",
+        "基础模型保持不变。每一层的前馈部分有三个矩阵（gate、up、down），每个矩阵上挂着若干个小的附加模块，称为 LoRA 专家。对每个词元，路由器给该矩阵的 {experts} 个专家打分，得分最高的 {k} 个按权重叠加各自的修正。这就是“稀疏 LoRA 专家混合”。",
+    ),
+    "what_2": (
+        "Colour and number name the expert with the highest score, strength its weight. Choose a layer and a matrix; choose a token to see all its experts. Experts have numbers, not subjects: what they share out is mostly word forms and syntax, so nobody should read a medical speciality into a number.",
+        "颜色和数字表示得分最高的专家，深浅表示其权重。可选择层和矩阵；点选一个词元可查看它在各层的全部专家。专家只有编号，没有科室：它们的分工大多与词形和句法有关，请勿把编号理解为某个医学专科。",
+    ),
+    "fig_token": ("token", "词元"),
+    "fig_router": ("router", "路由器"),
+    "fig_base": ("frozen matrix", "冻结的矩阵"),
+    "projection": ("Matrix", "矩阵"),
+    "layer": ("Layer", "层"),
+    "prompt": ("Show the question too", "同时显示问题"),
+    "tokens": ("Tokens", "词元"),
+    "tokens_hint": (
+        "Colour and number: top expert in layer {layer}, {projection}. Choose a token, or move with the arrow keys.",
+        "颜色与数字：第 {layer} 层 {projection} 中得分最高的专家。点选词元，或用方向键移动。",
+    ),
+    "question_part": ("Question", "问题"),
+    "answer_part": ("Answer", "回答"),
+    "map": ("Layers × tokens", "层 × 词元"),
+    "map_hint": (
+        "Each column is a token, each row a layer. Arrow keys move, Enter opens the token.",
+        "每列一个词元，每行一层。方向键移动，回车查看该词元。",
+    ),
+    "zoom_in": ("Zoom in", "放大"),
+    "zoom_out": ("Zoom out", "缩小"),
+    "zoom_fit": ("Fit", "适应宽度"),
+    "detail": ("One token", "单个词元"),
+    "detail_none": (
+        "Choose a token above to see its experts in every layer.",
+        "在上方点选一个词元，查看它在每一层的专家。",
+    ),
+    "token_id": ("token {id}", "词元编号 {id}"),
+    "probability": ("probability {p}", "概率 {p}"),
+    "others": ("likeliest here: {list}", "此处最可能：{list}"),
+    "added": ("adds {list} · H {entropy}", "贡献 {list} · H {entropy}"),
+    "position": ("position {n}", "第 {n} 个"),
+    "load": ("Load", "负载"),
+    "load_hint": (
+        "Share of all choices that fell on each expert, {scope}. The line marks even use ({uniform}).",
+        "各专家被选中的比例（{scope}）。竖线为均匀使用（{uniform}）。",
+    ),
+    "scope_layer": ("layer {layer}, {projection}", "第 {layer} 层 {projection}"),
+    "scope_all": ("all layers and matrices", "所有层与矩阵"),
+    "scope_switch": ("All layers and matrices", "所有层与矩阵"),
+    "expert": ("Expert {e}", "专家 {e}"),
+    "table": ("Show as a table", "以表格显示"),
+    "table_caption": ("Experts and weights per token in layer {layer}", "第 {layer} 层各词元的专家与权重"),
+    "col_token": ("Token", "词元"),
+    "col_part": ("Part", "部分"),
+    "legend": ("Experts:", "专家："),
+    "space": ("space", "空格"),
+    "newline": ("line break", "换行"),
+    "part_of": ("{n} tokens form this character", "由 {n} 个词元组成一个字符"),
+    "say": ("{token}, layer {layer}, {projection}: {experts}", "{token}，第 {layer} 层，{projection}：{experts}"),
+}
+"""Words of the panel, which fills in {placeholders} itself."""
+
+
+def panel_words(lang: str) -> dict[str, str]:
+    """All of PANEL in one language, for the browser."""
+    return {key: texts[1 if lang.startswith("zh") else 0] for key, texts in PANEL.items()}
 
 
 def say(lang: str, key: str, **values: object) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ming_app.router import panel
+
 STATIC = Path(__file__).parent / "static"
 LOGO = STATIC / "logo.svg"
 
@@ -15,5 +17,5 @@ def read(name: str) -> str:
 
 def head() -> str:
     """HTML for <head>: our style sheets and the page's script, inline so that they are there before the first paint."""
-    styles = "\n".join(read(name) for name in ("page.css", "panel.css"))
+    styles = "\n".join([panel.style(), read("page.css")])
     return f"<style>\n{styles}\n</style>\n<script>\n{read('page.js')}\n</script>"

@@ -1,7 +1,7 @@
 """The expert panel as a Gradio component, and saving the routing record. All drawing happens in the browser.
 
 The component's value is the payload of router/payload.py; its words come as one JSON text, so that a change of
-language reaches the panel without drawing anything anew. Files: static/panel.html, panel*.js, panel.css.
+language reaches the panel without drawing anything anew. Its files are router/panel.py's.
 """
 
 from __future__ import annotations
@@ -13,25 +13,23 @@ from pathlib import Path
 import gradio as gr
 
 from ming_app.molora.trace import RouterTrace
+from ming_app.router import panel as files
 from ming_app.router.payload import empty_payload
-from ming_app.ui.assets import read
+from ming_app.router.words import panel_words
 from ming_app.ui.record import save_record
-from ming_app.ui.text import panel_texts
-
-SCRIPTS = ("panel_data.js", "panel_map.js", "panel.js")
 
 
 def words(lang: str) -> str:
     """The panel's texts as JSON."""
-    return json.dumps(panel_texts(lang), ensure_ascii=False)
+    return json.dumps(panel_words(lang), ensure_ascii=False)
 
 
 def panel(lang: str, elem_id: str = "ming-panel") -> gr.HTML:
     """The panel, empty. Its `select` event tells layer and matrix when a person chose them. Update it with `gr.update(value=payload)` and `gr.update(words=words(lang))`."""
     return gr.HTML(
         value=empty_payload(),
-        html_template=read("panel.html"),
-        js_on_load="\n".join(read(name) for name in SCRIPTS),
+        html_template=files.template(),
+        js_on_load=files.script(),
         apply_default_css=False,
         elem_id=elem_id,
         words=words(lang),

@@ -126,8 +126,6 @@ class ExplorerTab:
                 )
             }
         self.download = gr.DownloadButton("download", visible="hidden")
-        self.open_answer = gr.Button("open", visible="hidden", elem_id="ming-open-answer")
-        self.opened = gr.Number(-1, precision=0, visible="hidden")
 
     def _changes(self) -> None:
         words = self.words
@@ -191,7 +189,10 @@ class ExplorerTab:
     # -- events --------------------------------------------------------------------------------------------------
 
     def wire(self, tabs: gr.Tabs, tab: gr.Tab) -> None:
-        """Connects the events; `tab` among `tabs` is the one that shows all this."""
+        """Connects the events; `tab` among `tabs` is the one that shows all this. Called inside the Blocks, outside the tab."""
+        # a tab is drawn when it is first opened: what the chat's buttons press must lie outside
+        open_answer = gr.Button("open", visible="hidden", elem_id="ming-open-answer")
+        opened = gr.Number(-1, precision=0, visible="hidden")
         shelf = [self.source, self.other, self.panel, self.first, self.last, self.view]
         seen = [self.grouping, self.heading, self.plot, self.detail]
         everything = [*shelf, *seen, self.notice]
@@ -211,9 +212,9 @@ class ExplorerTab:
         self.reread.click(
             self.read_again, asked, [self.moved_heading, self.moved, self.moved_detail, self.notice], **QUEUED
         )
-        self.open_answer.click(
+        open_answer.click(
             self.show_answer,
-            [self.session, self.opened],
+            [self.session, opened],
             [tabs, *everything],
             js="(session) => [session, ming.opened ?? -1]",
             **QUIET,

@@ -1,7 +1,7 @@
 """Every text of the page, in Chinese and English: one table, `t(lang, key, **values)` to read it.
 
-Values are inserted with str.format. Keys are grouped by the part of the page that shows them; `panel.*` go to the
-browser, where the expert panel fills in {placeholders} itself.
+Values are inserted with str.format. Keys are grouped by the part of the page that shows them. The words of the expert
+panel and of the views of a trace are router/words.py's.
 """
 
 from __future__ import annotations
@@ -175,85 +175,6 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "experts.download": {"en": "Save the record:", "zh": "保存记录："},
     "experts.download_npz": {"en": "Routing .npz", "zh": "路由 .npz"},
     "experts.download_json": {"en": "Routing .json", "zh": "路由 .json"},
-    # -- expert panel: in the browser ----------------------------------------------------------------------------
-    "panel.title": {"en": "Experts at work", "zh": "专家在工作"},
-    "panel.empty": {
-        "en": "Ask a question: every token of the answer appears here, coloured by the expert that takes it.",
-        "zh": "提问后，回答的每个词元都会显示在这里，并按处理它的专家着色。",
-    },
-    "panel.no_adapter": {
-        "en": "The model runs without its expert adapter, so there is no routing to show. Start it with the bundled adapter to see the experts.",
-        "zh": "当前模型未加载专家适配器，因此没有路由可显示。请使用自带的适配器启动，即可查看专家。",
-    },
-    "panel.live": {"en": "live", "zh": "实时"},
-    "panel.counts": {
-        "en": "{tokens} tokens · {layers} layers · {experts} experts, {k} per token",
-        "zh": "{tokens} 个词元 · {layers} 层 · {experts} 个专家，每词元 {k} 个",
-    },
-    "panel.what": {"en": "What am I looking at?", "zh": "这里显示的是什么？"},
-    "panel.what_1": {
-        "en": "The base model is frozen. In each layer, three of its matrices (gate, up and down of the feed-forward part) carry small add-ons called LoRA experts. For every token a router scores the {experts} experts of a matrix, and the best {k} add their correction, weighted. This is a sparse mixture of LoRA experts.",
-        "zh": "基础模型保持不变。每一层的前馈部分有三个矩阵（gate、up、down），每个矩阵上挂着若干个小的附加模块，称为 LoRA 专家。对每个词元，路由器给该矩阵的 {experts} 个专家打分，得分最高的 {k} 个按权重叠加各自的修正。这就是“稀疏 LoRA 专家混合”。",
-    },
-    "panel.what_2": {
-        "en": "Colour and number name the expert with the highest score, strength its weight. Choose a layer and a matrix; choose a token to see all its experts. Experts have numbers, not subjects: what they share out is mostly word forms and syntax, so nobody should read a medical speciality into a number.",
-        "zh": "颜色和数字表示得分最高的专家，深浅表示其权重。可选择层和矩阵；点选一个词元可查看它在各层的全部专家。专家只有编号，没有科室：它们的分工大多与词形和句法有关，请勿把编号理解为某个医学专科。",
-    },
-    "panel.fig_token": {"en": "token", "zh": "词元"},
-    "panel.fig_router": {"en": "router", "zh": "路由器"},
-    "panel.fig_base": {"en": "frozen matrix", "zh": "冻结的矩阵"},
-    "panel.projection": {"en": "Matrix", "zh": "矩阵"},
-    "panel.layer": {"en": "Layer", "zh": "层"},
-    "panel.prompt": {"en": "Show the question too", "zh": "同时显示问题"},
-    "panel.tokens": {"en": "Tokens", "zh": "词元"},
-    "panel.tokens_hint": {
-        "en": "Colour and number: top expert in layer {layer}, {projection}. Choose a token, or move with the arrow keys.",
-        "zh": "颜色与数字：第 {layer} 层 {projection} 中得分最高的专家。点选词元，或用方向键移动。",
-    },
-    "panel.question_part": {"en": "Question", "zh": "问题"},
-    "panel.answer_part": {"en": "Answer", "zh": "回答"},
-    "panel.map": {"en": "Layers × tokens", "zh": "层 × 词元"},
-    "panel.map_hint": {
-        "en": "Each column is a token, each row a layer. Arrow keys move, Enter opens the token.",
-        "zh": "每列一个词元，每行一层。方向键移动，回车查看该词元。",
-    },
-    "panel.zoom_in": {"en": "Zoom in", "zh": "放大"},
-    "panel.zoom_out": {"en": "Zoom out", "zh": "缩小"},
-    "panel.zoom_fit": {"en": "Fit", "zh": "适应宽度"},
-    "panel.detail": {"en": "One token", "zh": "单个词元"},
-    "panel.detail_none": {
-        "en": "Choose a token above to see its experts in every layer.",
-        "zh": "在上方点选一个词元，查看它在每一层的专家。",
-    },
-    "panel.token_id": {"en": "token {id}", "zh": "词元编号 {id}"},
-    "panel.probability": {"en": "probability {p}", "zh": "概率 {p}"},
-    "panel.others": {"en": "likeliest here: {list}", "zh": "此处最可能：{list}"},
-    "panel.added": {"en": "adds {list} · H {entropy}", "zh": "贡献 {list} · H {entropy}"},
-    "panel.position": {"en": "position {n}", "zh": "第 {n} 个"},
-    "panel.load": {"en": "Load", "zh": "负载"},
-    "panel.load_hint": {
-        "en": "Share of all choices that fell on each expert, {scope}. The line marks even use ({uniform}).",
-        "zh": "各专家被选中的比例（{scope}）。竖线为均匀使用（{uniform}）。",
-    },
-    "panel.scope_layer": {"en": "layer {layer}, {projection}", "zh": "第 {layer} 层 {projection}"},
-    "panel.scope_all": {"en": "all layers and matrices", "zh": "所有层与矩阵"},
-    "panel.scope_switch": {"en": "All layers and matrices", "zh": "所有层与矩阵"},
-    "panel.expert": {"en": "Expert {e}", "zh": "专家 {e}"},
-    "panel.table": {"en": "Show as a table", "zh": "以表格显示"},
-    "panel.table_caption": {
-        "en": "Experts and weights per token in layer {layer}",
-        "zh": "第 {layer} 层各词元的专家与权重",
-    },
-    "panel.col_token": {"en": "Token", "zh": "词元"},
-    "panel.col_part": {"en": "Part", "zh": "部分"},
-    "panel.legend": {"en": "Experts:", "zh": "专家："},
-    "panel.space": {"en": "space", "zh": "空格"},
-    "panel.newline": {"en": "line break", "zh": "换行"},
-    "panel.part_of": {"en": "{n} tokens form this character", "zh": "由 {n} 个词元组成一个字符"},
-    "panel.say": {
-        "en": "{token}, layer {layer}, {projection}: {experts}",
-        "zh": "{token}，第 {layer} 层，{projection}：{experts}",
-    },
     # -- experts explorer ----------------------------------------------------------------------------------------
     "exp.intro": {
         "en": "Every answer of the chat is here. Look at its routing from all sides, compare two, open a saved record, or change the experts and answer again.",
@@ -387,11 +308,6 @@ def t(lang: str, key: str, **values: object) -> str:
 def refusal(key: str, **values: object) -> MingError:
     """A MingError that says `key` in both languages."""
     return MingError(*(t(lang, key, **values) for lang in LANGS))
-
-
-def panel_texts(lang: str) -> dict[str, str]:
-    """Texts of the expert panel for the browser, without the "panel." of their keys; placeholders are left in."""
-    return {key.removeprefix("panel."): t(lang, key) for key in TEXTS if key.startswith("panel.")}
 
 
 def size_text(count: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,12 +12,12 @@ import pytest
 from synthetic import even, trace_of
 
 from ming_app.molora.trace import Segment
-from ming_app.router import views
+from ming_app.router import panel, views
 from ming_app.router.compare import compare
 from ming_app.router.groups import groupings
 from ming_app.router.statistics import coactivation, flow, load
 from ming_app.router.views import Table, View, Where
-from ming_app.router.words import WORDS
+from ming_app.router.words import PANEL, WORDS, panel_words
 
 TEXTS = ["<|im_start|>", "心", " fever", "37", "。", "\n"] * 12
 SEGMENTS = [Segment(0, "a", {"language": "zh"}), Segment(36, "b", {"language": "en"})]
@@ -89,8 +90,15 @@ def test_tables_escape_what_tokens_say() -> None:
 
 
 def test_words_are_there_in_both_languages() -> None:
-    for key, (en, zh) in WORDS.items():
+    for key, (en, zh) in {**WORDS, **PANEL}.items():
         assert bool(en) == bool(zh), key
-        assert sorted(part.split("}")[0] for part in en.split("{")[1:]) == sorted(
-            part.split("}")[0] for part in zh.split("{")[1:]
-        ), key
+        assert set(re.findall(r"\{(\w+)\}", en)) == set(re.findall(r"\{(\w+)\}", zh)), key
+        assert not re.search(r"[\u4e00-\u9fff]", en), key
+
+
+def test_the_panel_finds_its_words_and_uses_all() -> None:
+    files = panel.template() + panel.script()
+    named = set(re.findall(r"""(?:data-t="|say\(")(\w+)""", files))
+    assert named <= set(PANEL)
+    assert {key for key in PANEL if f'"{key}"' not in files} == set()
+    assert panel_words("zh-CN")["title"] == PANEL["title"][1] and panel_words("fr")["title"] == PANEL["title"][0]

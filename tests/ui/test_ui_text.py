@@ -9,7 +9,7 @@ import pytest
 
 import ming_app.ui
 from ming_app.errors import MingError
-from ming_app.ui.text import TEXTS, duration_text, panel_texts, refusal, size_text, t
+from ming_app.ui.text import TEXTS, duration_text, refusal, size_text, t
 
 UI = Path(ming_app.ui.__file__).parent
 SOURCES = {
@@ -26,7 +26,7 @@ def test_both_languages_are_there_with_the_same_placeholders(key: str) -> None:
 
 def test_english_texts_have_no_chinese_characters_and_chinese_ones_do() -> None:
     cjk = re.compile(r"[\u4e00-\u9fff]")
-    neutral = {"panel.token_id", "set.top_p", "set.top_k", "set.min_p", "chat.counter", "meter.context_used"}
+    neutral = {"set.top_p", "set.top_k", "set.min_p", "chat.counter", "meter.context_used"}
     for key, texts in TEXTS.items():
         assert not cjk.search(texts["en"]), key
         assert cjk.search(texts["zh"]) or key in neutral, key
@@ -38,9 +38,7 @@ def test_every_key_is_used() -> None:
     dynamic += ("exp.view_", "exp.kind_", "exp.missing_", "exp.col_")  # made from names in code
     unused = []
     for key in TEXTS:
-        short = key.removeprefix("panel.")
-        spellings = (f'"{key}"', f"'{key}'") if not key.startswith("panel.") else (f'"{short}"', f'data-t="{short}"')
-        if not any(s in code for s in spellings) and not key.startswith(dynamic):
+        if not any(s in code for s in (f'"{key}"', f"'{key}'")) and not key.startswith(dynamic):
             unused.append(key)
     assert unused == []
 
@@ -49,9 +47,6 @@ def test_every_key_that_code_names_exists() -> None:
     code = "\n".join(text for name, text in SOURCES.items() if name.endswith(".py"))
     named = set(re.findall(r"""(?:\bt\(\w+, |refusal\(|Note\()["'](\w+\.\w+)["']""", code))
     assert named and named <= set(TEXTS)
-    for page in ("panel.html", "panel.js"):
-        for key in re.findall(r"""(?:data-t="|say\(")(\w+)""", SOURCES[page]):
-            assert f"panel.{key}" in TEXTS, key
 
 
 def test_reading_the_table() -> None:
@@ -59,7 +54,6 @@ def test_reading_the_table() -> None:
     assert t("en", "status.queued", n=3) == "Waiting for a turn · 3 before you"
     error = refusal("refuse.long", n=9, limit=8)
     assert isinstance(error, MingError) and "9" in error.en and "9" in error.zh and error.en != error.zh
-    assert panel_texts("zh")["title"] == TEXTS["panel.title"]["zh"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ class Trace {
     this.length = { e: 0, w: 0 };
     this.size = 0;               // tokens that have routing
     this.split = 0;              // tokens of the question
+    this.mixed = false;
   }
 
   // Takes a payload; true when it is another answer than before (everything is drawn anew).
@@ -47,7 +48,10 @@ class Trace {
 
   addToken([id, text, answer, piece, logprob, others = []]) {
     const index = this.tokens.push({ id, text, answer: !!answer, piece, logprob, others }) - 1;
-    if (!answer) this.split = index + 1;
+    if (!answer) {
+      this.mixed ||= index > 0 && this.tokens[index - 1].answer; // several texts, one after another
+      this.split = index + 1;
+    }
     const last = this.pieces[this.pieces.length - 1];
     if (last && last.piece === piece && last.answer === !!answer) {
       last.text += text;

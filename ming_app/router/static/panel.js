@@ -285,6 +285,7 @@ function update() {
     if (!view.settled || view.layer >= payload.layers) view.layer = payload.layers >> 1; // the middle, until someone chooses
     view.settled = payload.layers > 0;
     view.token = null;
+    if (trace.mixed && !view.prompt) $(".xp-prompt input").click(); // there is no one answer to show alone
     map.follow = true;
     map.box.scrollLeft = 0;
     detail();

@@ -1,0 +1,180 @@
+"""An atlas: many texts read by the model, their routing measured, put together into one trace, a report and tables.
+
+    OUT/traces/<hash>.npz    one measured trace per text; a run that was stopped goes on from them
+    OUT/trace.npz            all of them, each text a segment with its labels
+    OUT/report.html          every view, in one file (router/report.py)
+    OUT/<view>.csv           every view's table
+
+Texts come from TOML (as examples/prompts.toml), JSON lines ({"text", "title", "lang", "stream"}, or exam questions with
+"stem" and "options"), or plain text, one per line. They are read as untrusted input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ming_app.engine.engine import Engine
+from ming_app.engine.inspection import inspect
+from ming_app.engine.types import Finish, Message, SamplingParams, Start
+from ming_app.errors import TraceError, UsageError
+from ming_app.models.progress import Meter, ProgressCallback
+from ming_app.molora.trace import RouterTrace, Segment, merge
+from ming_app.router.groups import token_class
+
+MAX_BYTES = 32 * 2**20
+MAX_CHARS = 8000  # of one text; longer ones are cut
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text to read: what is asked, and what it is called."""
+
+    text: str
+    title: str
+    labels: dict[str, str]
+
+
+def read_texts(path: str | Path, limit: int = 0) -> list[Text]:
+    """Texts of a file, at most `limit` (0: all), spread evenly over it. Raises UsageError with the line at fault."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UsageError(f"{path} is larger than {MAX_BYTES >> 20} MiB.", f"{path} 超过 {MAX_BYTES >> 20} MiB。")
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", f"无法读取 {path}：{error.strerror}。") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text.", f"{path} 不是 UTF-8 文本。") from error
+    texts = _from_toml(path, content) if path.suffix == ".toml" else _from_lines(path, content)
+    if not texts:
+        raise UsageError(f"{path} holds no text.", f"{path} 中没有文本。")
+    count = min(limit or len(texts), len(texts))
+    return [texts[i * len(texts) // count] for i in range(count)]
+
+
+def trace_texts(
+    engine: Engine, texts: Sequence[Text], folder: Path, max_new_tokens: int, progress: ProgressCallback | None = None
+) -> RouterTrace:
+    """Reads every text, with a greedy answer of up to `max_new_tokens` (0: the question alone), and merges the measured
+    traces. What lies in `folder/traces` already is not made again."""
+    meter = Meter(progress, "measure", len(texts), "steps")
+    found = []
+    for done, text in enumerate(texts):
+        path = folder / "traces" / f"{_key(engine, text, max_new_tokens)}.npz"
+        trace = _kept(path)
+        if trace is None:
+            trace = inspect(engine, _traced(engine, text.text, max_new_tokens))
+            trace.save(path)
+        found.append((trace, Segment(0, text.title, text.labels)))
+        meter.update(done + 1, force=done + 1 == len(texts))
+    return merge(found)
+
+
+def write_atlas(trace: RouterTrace, folder: Path, lang: str, adapter: Path | None, notes: tuple[str, ...] = ()) -> Path:
+    """Writes trace, report and tables; gives the report. `adapter`: folder of the experts, for how alike they are."""
+    from ming_app.router.report import report_html, report_views, texts_table
+
+    similarity = None
+    if adapter is not None:
+        from ming_app.molora.checkpoint import load_adapter
+        from ming_app.molora.similarity import expert_similarity
+
+        similarity = expert_similarity(load_adapter(adapter).padded())
+    found = report_views(trace, lang, similarity)
+    tables = {name: variants[0][1].table for name, variants in found.items()}
+    files = {f"{name}.csv": table.to_csv() for name, table in {**tables, "texts": texts_table(trace, lang)}.items()}
+    files["report.html"] = report_html(trace, lang, found, notes)
+    trace.save(folder / "trace.npz")
+    for name, content in files.items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(folder / name)
+    return folder / "report.html"
+
+
+def _traced(engine: Engine, text: str, max_new_tokens: int) -> RouterTrace:
+    params = SamplingParams(max(max_new_tokens, 1), temperature=0, repetition_penalty=1.0)
+    trace = None
+    with closing(engine.stream([Message("user", text)], params)) as events:  # type: ignore[type-var]  # a generator
+        for event in events:
+            if isinstance(event, Start | Finish):
+                trace = event.trace
+            if isinstance(event, Start) and not max_new_tokens:
+                break
+    if trace is None:
+        raise UsageError("This model has no experts, so there is nothing to trace.", "该模型没有专家，无轨迹可记录。")
+    return trace
+
+
+def _key(engine: Engine, text: Text, max_new_tokens: int) -> str:
+    parts = [engine.info.fingerprint, engine.info.precision, text.text, max_new_tokens]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _kept(path: Path) -> RouterTrace | None:
+    """A trace of an earlier run; None when there is none or it is damaged."""
+    try:
+        return RouterTrace.load(path) if path.is_file() else None
+    except TraceError:
+        return None
+
+
+def _from_toml(path: Path, content: str) -> list[Text]:
+    try:
+        tables: dict[str, Any] = tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}.", f"{path} 不是有效的 TOML：{error}。") from error
+    rows = [(lang, row) for lang, entries in tables.items() if isinstance(entries, list) for row in entries]
+    return [
+        _text({"lang": lang, **row} if isinstance(row, dict) else row, f"{path.name}, [[{lang}]]") for lang, row in rows
+    ]
+
+
+def _from_lines(path: Path, content: str) -> list[Text]:
+    texts = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path.name}, line {number}"
+        if path.suffix in (".jsonl", ".json"):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UsageError(f"{where}: not JSON.", f"{where}：不是 JSON。") from error
+        else:
+            row = {"text": line.strip()}
+        texts.append(_text(row, where))
+    return texts
+
+
+def _text(row: Any, where: str) -> Text:
+    """From {"text"} or an exam question {"stem", "options"}; `title`, `lang`, `stream` as far as they are there."""
+    text = None
+    if isinstance(row, dict):
+        text = row.get("text")
+        options = row.get("options")
+        if text is None and isinstance(row.get("stem"), str) and isinstance(options, dict):
+            text = "\n".join([row["stem"], *(f"{letter}. {option}" for letter, option in options.items())])
+    if not isinstance(text, str) or not text.strip():
+        raise UsageError(
+            f"{where}: a text (or an exam question's stem and options) is needed.",
+            f"{where}：需要 text（或试题的 stem 与 options）。",
+        )
+    text = text[:MAX_CHARS]
+    labels = {kind: row[kind] for kind in ("stream", "domain") if isinstance(row.get(kind), str) and row[kind]}
+    lang = row.get("lang")
+    labels["language"] = lang if isinstance(lang, str) and lang else _language(text)
+    title = row.get("title") if isinstance(row.get("title"), str) else text
+    return Text(text, " ".join(title.split())[:80], {kind: value[:80] for kind, value in labels.items()})
+
+
+def _language(text: str) -> str:
+    """zh where Han characters are at least a tenth of the text."""
+    return "zh" if sum(token_class(c) == "han" for c in text) * 10 >= len(text) else "en"
