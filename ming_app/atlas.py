@@ -79,15 +79,10 @@ def trace_texts(
 
 def write_atlas(trace: RouterTrace, folder: Path, lang: str, adapter: Path | None, notes: tuple[str, ...] = ()) -> Path:
     """Writes trace, report and tables; gives the report. `adapter`: folder of the experts, for how alike they are."""
+    from ming_app.molora.similarity import similarity_of
     from ming_app.router.report import report_html, report_views, texts_table
 
-    similarity = None
-    if adapter is not None:
-        from ming_app.molora.checkpoint import load_adapter
-        from ming_app.molora.similarity import expert_similarity
-
-        similarity = expert_similarity(load_adapter(adapter).padded())
-    found = report_views(trace, lang, similarity)
+    found = report_views(trace, lang, similarity_of(adapter) if adapter is not None else None)
     tables = {name: variants[0][1].table for name, variants in found.items()}
     files = {f"{name}.csv": table.to_csv() for name, table in {**tables, "texts": texts_table(trace, lang)}.items()}
     files["report.html"] = report_html(trace, lang, found, notes)

@@ -167,6 +167,7 @@ class _Collector:
             self._trace,
             **arrays,
             tokens=tuple(self._tokens),
+            num_experts=info.num_experts,
             model=info.title,
             fingerprint=info.fingerprint,
             config={**config, "precision": info.precision, **described(self._interventions)},

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
-from ming_app.molora.checkpoint import Adapter
+from ming_app.molora.checkpoint import Adapter, load_adapter
 from ming_app.molora.config import PROJECTIONS
+
+
+def similarity_of(folder: Path) -> np.ndarray:
+    """`expert_similarity` of an adapter on disk; experts that only fill a layer up (see `Adapter.padded`) are like none."""
+    return expert_similarity(load_adapter(folder).padded())
 
 
 def expert_similarity(adapter: Adapter) -> np.ndarray:

@@ -197,7 +197,7 @@ class ExplorerTab:
         seen = [self.grouping, self.heading, self.plot, self.detail]
         everything = [*shelf, *seen, self.notice]
         self.everything = everything
-        gr.on([tab.select], self.refresh, [self.session], everything, **QUIET)
+        tab.select(self.refresh, [self.session], everything, **QUIET)
         self.source.input(self.choose, [self.session, self.source], everything, **QUIET)
         self.upload.upload(self.open, [self.session, self.upload], everything, **QUIET)
         inputs = [self.session, self.view, self.grouping, self.answers_only, self.other]
@@ -441,7 +441,7 @@ class ExplorerTab:
             or engine.info.fingerprint != current.trace.fingerprint
         ):
             return None
-        return _likeness(str(engine.adapter))
+        return _likeness(engine.adapter)
 
     def _saver(self, kind: str) -> Callable[[Session], Any]:
         def save(session: Session) -> Any:
@@ -458,11 +458,10 @@ class ExplorerTab:
 
 
 @lru_cache(maxsize=1)
-def _likeness(folder: str) -> np.ndarray:
-    from ming_app.molora.checkpoint import load_adapter
-    from ming_app.molora.similarity import expert_similarity
+def _likeness(folder: Path) -> np.ndarray:
+    from ming_app.molora.similarity import similarity_of
 
-    return expert_similarity(load_adapter(folder))
+    return similarity_of(folder)
 
 
 def _drawn(view: Any, missing: str, lang: str) -> list[Any]:

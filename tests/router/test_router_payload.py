@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ming_app.molora.trace import RouterTrace, TraceToken
 from ming_app.router.payload import LivePayload, empty_payload, trace_payload
+from ming_app.router.statistics import router_entropy
 
 
 def make_trace(T: int = 7, L: int = 3, k: int = 2, E: int = 4, texts: list[str] | None = None) -> RouterTrace:
@@ -73,3 +75,25 @@ def test_size_of_a_long_answer() -> None:
 
 def test_empty_payload_has_the_same_keys() -> None:
     assert set(empty_payload()) == set(trace_payload(make_trace(), "a"))
+
+
+def test_a_measured_trace_carries_contributions_entropy_and_alternatives() -> None:
+    trace = make_trace(T=500, L=24)
+    rng = np.random.default_rng(1)
+    tokens = tuple(
+        replace(t, others=tuple((f"word{i}", -0.1 - i) for i in range(5))) if t.logprob else t for t in trace.tokens
+    )
+    trace = replace(
+        trace,
+        tokens=tokens,
+        contributions=(rng.random(trace.experts.shape) * 0.3).astype(np.float16),
+        probabilities=rng.dirichlet(np.ones(4), trace.experts.shape[:3]).astype(np.float16),
+    )
+    payload = trace_payload(trace, "a")
+    added = 4 * (decode(payload["c"], payload) / 255) ** 2
+    np.testing.assert_allclose(added, trace.contributions.astype(float), atol=0.01)
+    entropy = np.frombuffer(base64.b64decode(payload["h"]), np.uint8).reshape(500, 24, 3) / 255
+    np.testing.assert_allclose(entropy, router_entropy(trace), atol=0.5 / 255 + 1e-6)
+    last = json.loads(payload["tokens"].splitlines()[-1])
+    assert last[5] == [[f"word{i}", -0.1 - i] for i in range(5)]
+    assert len(json.dumps(payload, ensure_ascii=False).encode()) <= 600_000
