@@ -86,7 +86,9 @@ def load_base(
     model = loaded.model.requires_grad_(False)
     set_training(model, False)
     tokenizer = ChatTokenizer.from_folder(local.home)
-    return Base(local.name, _base_title(local.title), local.fingerprint, model, tokenizer, dict(loaded.config), precision)
+    return Base(
+        local.name, _base_title(local.title), local.fingerprint, model, tokenizer, dict(loaded.config), precision
+    )
 
 
 def set_training(model: Any, on: bool) -> None:

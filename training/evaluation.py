@@ -91,7 +91,9 @@ def _training_form(
     adapter = folder and load_adapter(folder, base_fingerprint=base.fingerprint, base_config=base.config)
     samples = Mix(plan.recipe, base.tokenizer).held_out() if plan.recipe else {}
     exams = () if plan.precision else suite.exam
-    result["precision"] |= dict.fromkeys([*(["loss"] if plan.recipe else []), *(["exam"] if exams else [])], base.precision)
+    result["precision"] |= dict.fromkeys(
+        [*(["loss"] if plan.recipe else []), *(["exam"] if exams else [])], base.precision
+    )
     scorer = partial(_scored, console, partial(score_letters, base.model))
     for kind in kinds:
         state, top_k = None, 1
