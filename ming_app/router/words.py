@@ -116,6 +116,11 @@ WORDS: Mapping[str, tuple[str, str]] = {
 
 
 PANEL: Mapping[str, tuple[str, str]] = {
+    "agree": ("agreement of gate, up and down", "gate、up、down 的一致性"),
+    "agree_hint": (
+        "Of up and down, how many (0 to 2) put a token where gate does. Numbers of different matrices mean nothing to each other: experts are paired by how often they are chosen together in this text.",
+        "up 与 down 中有几个（0 到 2）与 gate 对该词元的归属一致。不同矩阵的专家编号互不相关，此处按本文中共同被选中的频率配对。",
+    ),
     "title": ("Experts at work", "专家在工作"),
     "empty": (
         "Ask a question: every token of the answer appears here, coloured by the expert that takes it.",

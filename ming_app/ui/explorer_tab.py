@@ -21,6 +21,7 @@ from ming_app.errors import MingError, UsageError
 from ming_app.molora.config import PROJECTIONS
 from ming_app.molora.trace import RouterTrace
 from ming_app.router.groups import option_letters
+from ming_app.router.report import report_html, report_views
 from ming_app.ui import experts
 from ming_app.ui.bilingual import Bilingual
 from ming_app.ui.chat import Session
@@ -120,6 +121,7 @@ class ExplorerTab:
             self.saves = {
                 kind: words(gr.Button, _worded(key), size="sm", elem_classes="m-quiet", elem_id=f"ming-explorer-{kind}")
                 for kind, key in (
+                    ("html", "exp.download_html"),
                     ("csv", "exp.download_csv"),
                     ("npz", "experts.download_npz"),
                     ("json", "experts.download_json"),
@@ -447,8 +449,13 @@ class ExplorerTab:
         def save(session: Session) -> Any:
             current = session.explorer.need()
             folder = self.do.files.new()
-            if kind != "csv":
+            if kind in ("npz", "json"):
                 return gr.update(value=str(experts.dated_record(current.trace, kind, folder)))
+            if kind == "html":
+                path = folder / "ming-moe-routing.html"
+                found = report_views(current.trace, session.lang, self._similarity(current))
+                path.write_text(report_html(current.trace, session.lang, found), encoding="utf-8")
+                return gr.update(value=str(path))
             view = session.explorer.show(session.lang, self._similarity(current))
             path = folder / f"ming-moe-{view.name if view else 'nothing'}.csv"
             path.write_text(view.table.to_csv() if view else "", encoding="utf-8")

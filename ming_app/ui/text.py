@@ -274,6 +274,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "zh": "该记录来自文件，无法重新提问。请选择对话中的回答。",
     },
     "exp.no_changes": {"en": "Add a change first.", "zh": "请先添加改动。"},
+    "exp.download_html": {"en": "Report .html", "zh": "报告 .html"},
     "exp.download_csv": {"en": "This table .csv", "zh": "本表 .csv"},
     # -- about ---------------------------------------------------------------------------------------------------
     "about.what_title": {"en": "What this is", "zh": "这是什么"},

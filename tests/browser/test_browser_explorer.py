@@ -67,6 +67,11 @@ def test_an_answer_opens_and_its_views_follow_the_panel(serve: Any, visit: Any, 
         v.page.click("#ming-explorer-npz")
     trace = RouterTrace.load(download.value.path())
     assert rows[1].split(",")[3] == f"{round(float(load(trace, trace.is_answer()).share[0, 0, 0]), 4)}"
+    with v.page.expect_download() as download:
+        v.page.click("#ming-explorer-html")
+    assert "How the experts of Fake model route" in Path(download.value.path()).read_text(encoding="utf-8")
+    v.page.check("#ming-explorer-panel .xp-agree input")
+    assert "Of up and down" in v.text("#ming-explorer-panel .xp-map-hint")
     view(v, "together")
     heading(v, "Which experts are chosen together")
     v.page.fill("#ming-explorer-panel .xp-layer input", "4")

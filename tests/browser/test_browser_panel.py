@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ming_app.molora.trace import RouterTrace
+from ming_app.molora.trace import RouterTrace, TraceToken
+from ming_app.router import panel
+from ming_app.router.payload import trace_payload
 from ming_app.router.tables import load_table, token_table
 from tests.browser.conftest import engine
 
@@ -115,3 +118,22 @@ def test_without_adapter(serve: Any, visit: Any) -> None:
     v.ask("q")
     v.finished()
     assert "未加载专家适配器" in v.text(".xp-empty")
+
+
+def test_agreement_of_the_matrices(chromium: Any) -> None:
+    """The panel's own arithmetic against Python's, on a trace where up is gate renumbered and down is at random."""
+    rng = np.random.default_rng(0)
+    gate = rng.integers(0, 4, 60)
+    experts = np.stack([gate, np.array([2, 3, 0, 1])[gate], rng.integers(0, 4, 60)], 1)[:, None, :, None]
+    tokens = tuple(TraceToken(i, "x", "answer", i) for i in range(60))
+    trace = RouterTrace(experts.astype(np.uint8), np.ones(experts.shape, np.float16), tokens, num_experts=4)
+    page = chromium.new_page()
+    page.add_script_tag(content=(panel.STATIC / "panel_data.js").read_text(encoding="utf-8"))
+    found = page.evaluate(
+        "payload => { const t = new Trace(); t.take(payload); return t.tokens.map((_, i) => t.agreement(i, 0)); }",
+        trace_payload(trace, "a"),
+    )
+    page.close()
+    down = experts[:, 0, 2, 0]
+    partner = [np.bincount(gate[down == e], minlength=4).argmax() for e in range(4)]
+    assert found == [1 + int(partner[d] == g) for g, d in zip(gate, down, strict=True)]

@@ -5,7 +5,7 @@
 const $ = (selector) => element.querySelector(selector);
 const PROJECTIONS = ["gate", "up", "down"];
 const trace = new Trace();
-const view = { projection: 0, layer: 0, token: null, prompt: false, table: false, all: false, settled: false };
+const view = { projection: 0, layer: 0, token: null, prompt: false, table: false, all: false, agree: false, settled: false };
 const map = new HeatMap($(".xp-map"), trace, view, (token, layer) => pick(token, layer));
 const prefix = `xp${Math.random().toString(36).slice(2, 8)}`;
 let words = {};
@@ -35,7 +35,8 @@ function frame() {
   $(".xp-what-1").textContent = say("what_1", known);
   $(".xp-what-2").textContent = say("what_2", known);
   $(".xp-strip").setAttribute("aria-label", say("tokens"));
-  $(".xp-map").setAttribute("aria-label", `${say("map")}. ${say("map_hint")}`);
+  $(".xp-map-hint").textContent = say(view.agree ? "agree_hint" : "map_hint");
+  $(".xp-map").setAttribute("aria-label", `${say("map")}. ${$(".xp-map-hint").textContent}`);
   $(".xp-table").setAttribute("aria-label", say("table_caption", { layer: view.layer }));
   for (const [name, key] of [["in", "zoom_in"], ["out", "zoom_out"]]) $(`.xp-${name}`).setAttribute("aria-label", say(key)), ($(`.xp-${name}`).title = say(key));
   $(".xp-empty").textContent = say(state === "no_adapter" ? "no_adapter" : "empty");
@@ -320,6 +321,7 @@ $(".xp-prompt input").onchange = (event) => {
   table(true);
 };
 $(".xp-astable input").onchange = (event) => { view.table = event.target.checked; table(true); map.layout(); };
+$(".xp-agree input").onchange = (event) => { view.agree = event.target.checked; frame(); map.schedule(); };
 $(".xp-scope input").onchange = (event) => { view.all = event.target.checked; load(); };
 $(".xp-in").onclick = () => map.zoom(1);
 $(".xp-out").onclick = () => map.zoom(-1);

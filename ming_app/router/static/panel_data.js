@@ -81,6 +81,28 @@ class Trace {
 
   top(token, layer, projection) { return this.bytes.e[token * this.row + (layer * 3 + projection) * this.head.k]; }
 
+  // For up and down of every layer: which of gate's experts each of theirs is oftenest chosen with, over all tokens. Numbers
+  // of different matrices have nothing in common; this is what makes them comparable.
+  partners() {
+    if (this.paired?.size === this.size) return this.paired.of;
+    const { layers, experts } = this.head, of = [];
+    for (let layer = 0; layer < layers; layer++) {
+      of.push([1, 2].map((projection) => {
+        const together = Array.from({ length: experts }, () => new Uint32Array(experts));
+        for (let t = 0; t < this.size; t++) together[this.top(t, layer, projection)][this.top(t, layer, 0)]++;
+        return together.map((row) => row.indexOf(Math.max(...row)));
+      }));
+    }
+    this.paired = { size: this.size, of };
+    return of;
+  }
+
+  // 0, 1 or 2: how many of up and down put a token where gate does.
+  agreement(token, layer) {
+    const own = this.top(token, layer, 0);
+    return this.partners()[layer].reduce((sum, partner, i) => sum + (partner[this.top(token, layer, i + 1)] === own), 0);
+  }
+
   // Weight of the top expert stretched from [1/k, 1] to [0, 1], for shading.
   strength(token, layer, projection) {
     const { k } = this.head, w = this.bytes.w[token * this.row + (layer * 3 + projection) * k] / 255;

@@ -106,8 +106,9 @@ class HeatMap {
     for (let c = from; c < to; c++) {
       const token = this.first + c, left = x(c);
       for (let layer = 0; layer < trace.head.layers; layer++) {
-        const expert = trace.top(token, layer, view.projection);
-        const [fill, text] = this.colours[expert % 8][Math.round(trace.strength(token, layer, view.projection) * 16)];
+        const expert = view.agree ? trace.agreement(token, layer) : trace.top(token, layer, view.projection);
+        const strength = view.agree ? expert / 2 : trace.strength(token, layer, view.projection);
+        const [fill, text] = this.colours[view.agree ? 2 : expert % 8][Math.round(strength * 16)];
         const y = HeatMap.HEAD + layer * ch;
         g.fillStyle = fill;
         g.fillRect(left, y, Math.max(1, cw - gap), ch - 1);
