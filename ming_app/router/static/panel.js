@@ -29,7 +29,8 @@ const tint = (made, expert, strength) => {
 // -- words and frame ------------------------------------------------------------------------------------------------
 
 function frame() {
-  const { state, layers, experts: E, k } = trace.head, known = { layers, experts: E || "E", k: k || "k", tokens: trace.size };
+  counts();
+  const { layers, experts: E, k } = trace.head, known = { layers, experts: E || "E", k: k || "k", tokens: trace.size };
   for (const made of element.querySelectorAll("[data-t]")) made.textContent = say(made.dataset.t, known);
   $(".xp").setAttribute("aria-label", say("title"));
   $(".xp-what-1").textContent = say("what_1", known);
@@ -39,17 +40,21 @@ function frame() {
   $(".xp-map").setAttribute("aria-label", `${say("map")}. ${$(".xp-map-hint").textContent}`);
   $(".xp-table").setAttribute("aria-label", say("table_caption", { layer: view.layer }));
   for (const [name, key] of [["in", "zoom_in"], ["out", "zoom_out"]]) $(`.xp-${name}`).setAttribute("aria-label", say(key)), ($(`.xp-${name}`).title = say(key));
-  $(".xp-empty").textContent = say(state === "no_adapter" ? "no_adapter" : "empty");
-  const some = trace.size > 0;
-  $(".xp-empty").hidden = some;
-  $(".xp-body").hidden = !some;
-  $(".xp-counts").textContent = some ? say("counts", known) : "";
-  $(".xp-live").hidden = state !== "live";
   $(".xp-layer output").textContent = view.layer;
   $(".xp-layer input").max = Math.max(0, layers - 1);
   $(".xp-layer input").value = view.layer;
   $(".xp-tokens-hint").textContent = say("tokens_hint", { layer: view.layer, projection: PROJECTIONS[view.projection] });
   legend(E);
+}
+
+// What changes with every update of a stream; `frame` is for another answer, layer, matrix or language.
+function counts() {
+  const { state, layers, experts: E, k } = trace.head, some = trace.size > 0;
+  $(".xp-empty").textContent = say(state === "no_adapter" ? "no_adapter" : "empty");
+  $(".xp-empty").hidden = some;
+  $(".xp-body").hidden = !some;
+  $(".xp-counts").textContent = some ? say("counts", { layers, experts: E, k, tokens: trace.size }) : "";
+  $(".xp-live").hidden = state !== "live";
 }
 
 function legend(E) {
@@ -289,11 +294,12 @@ function update() {
     if (trace.mixed && !view.prompt) $(".xp-prompt input").click(); // there is no one answer to show alone
     map.follow = true;
     map.box.scrollLeft = 0;
+    frame();
     detail();
     table(true);
   }
   addSpans();
-  frame();
+  counts();
   load();
   table(false);
   map.layout();

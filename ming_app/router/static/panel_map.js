@@ -15,6 +15,11 @@ class HeatMap {
       this.schedule();
     });
     new ResizeObserver(() => this.layout()).observe(box);
+    this.visible = false;
+    new IntersectionObserver((seen) => {
+      this.visible = seen.at(-1).isIntersecting;
+      this.schedule();
+    }).observe(box);
     this.canvas.addEventListener("click", (event) => {
       const cell = this.cellAt(event);
       if (cell) onPick(cell.token, cell.layer);
@@ -48,8 +53,9 @@ class HeatMap {
     this.schedule();
   }
 
+  // Draws in the next frame; what is out of sight waits until it comes into view.
   schedule() {
-    if (this.waiting) return;
+    if (this.waiting || !this.visible) return;
     this.waiting = true;
     requestAnimationFrame(() => { this.waiting = false; this.draw(); });
   }
@@ -57,7 +63,9 @@ class HeatMap {
   // Colours of every expert at 17 strengths, blended over the surface, each with a readable text colour.
   palette() {
     const style = getComputedStyle(this.box), read = (name) => style.getPropertyValue(name).trim();
-    const surface = rgb(read("--m-surface")), dark = rgb(read("--m-ink"));
+    if (this.painted === read("--m-surface")) return; // the same appearance as last time
+    this.painted = read("--m-surface");
+    const surface = rgb(this.painted);
     this.ink = read("--m-ink");
     this.faint = read("--m-muted");
     this.mark = read("--m-focus");
@@ -69,7 +77,6 @@ class HeatMap {
         return [`rgb(${c})`, text];
       });
     });
-    this.themed = dark.join();
   }
 
   draw() {
