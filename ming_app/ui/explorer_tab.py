@@ -37,6 +37,7 @@ QUEUED: dict[str, Any] = {
     "show_progress": "minimal",
     "api_visibility": "private",
 }
+NUMBERED = ("ban", "force", "k")  # changes that need a number
 LETTER_PREFIX = {"zh": "答案：", "en": "Answer:"}
 ANSWER_TOKENS = 400  # of an answer made again
 
@@ -207,6 +208,7 @@ class ExplorerTab:
             component.input(self.redraw, inputs, seen, **QUIET)
         self.panel.select(self.follow, [self.session], seen, trigger_mode="always_last", **QUIET)
         self.measure.click(self.look_closely, [self.session], everything, **QUEUED)
+        self.kind.input(lambda kind: gr.update(visible=kind in NUMBERED), [self.kind], [self.value], **QUIET)
         added = [self.session, self.kind, self.value, self.first, self.last, self.matrices, self.changes]
         self.add.click(self.add_change, added, [self.changes, self.notice], **QUIET)
         asked = [self.session, self.changes]
@@ -314,10 +316,9 @@ class ExplorerTab:
             info = self._engine().info
             layers = (int(first or 0), info.num_layers - 1 if last is None else int(last))
             everywhere = layers == (0, info.num_layers - 1)
-            needs = kind in ("ban", "force", "k")
             made = Intervention(
                 kind,
-                int(value or 0) if needs else None,
+                int(value or 0) if kind in NUMBERED else None,
                 None if everywhere else layers,
                 tuple(p for p in PROJECTIONS if p in matrices),
             )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx_tiny import VOCAB, DictSource, llama, on_four_bits, qwen2, with_adapter
 
+from ming_app.engine.backends import onnx
 from ming_app.engine.backends.onnx import OnnxBackend, build_engine
 from ming_app.engine.types import Gates
 from ming_app.molora.config import MoLoRAConfig
@@ -135,3 +136,13 @@ def test_decoding_goes_between_the_graphs_on_one_cache(built):
     for at, step in enumerate(steps):
         assert distance(step.logits[0], whole.logits[0][20 + at]) < 0.02
         assert (step.probabilities is not None) == (at % 2 == 0)
+
+
+def test_an_idle_probe_is_closed_and_opened_again(built, monkeypatch):
+    _, backend = built
+    monkeypatch.setattr(onnx, "PROBE_REST", -1.0)
+    run(backend, measure=True)
+    assert backend._probe is not None
+    run(backend)
+    assert backend._probe is None
+    assert run(backend, measure=True).contributions is not None

@@ -54,9 +54,7 @@ def test_a_stream_of_an_included_file_is_changed_by_its_name(write_recipe) -> No
     included = write_recipe()
     below = read_recipe(included)
     above = included.with_name("above.toml")
-    changes = (
-        '[[stream]]\nname = "letters"\nweight = 5\nmax_length = 99\n\n[[stream]]\nname = "more"\nfile = "qa.jsonl"\nweight = 1\n'
-    )
+    changes = '[[stream]]\nname = "letters"\nweight = 5\nmax_length = 99\n\n[[stream]]\nname = "more"\nfile = "qa.jsonl"\nweight = 1\n'
     above.write_text(f'include = "{included.name}"\n\n{changes}', encoding="utf-8")
     recipe = read_recipe(above)
     assert [stream.name for stream in recipe.stream] == ["qa", "letters", "more"]

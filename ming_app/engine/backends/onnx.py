@@ -3,13 +3,15 @@
 Needs the build folder alone: no base file, no adapter file, no torch. One forward at a time (a lock). Tokens of all rows
 travel packed in one list; the KV cache is plain numpy memory, bound by address as past and present of the same call, so
 it is updated in place and any run of rows can be used by itself. Decoding reuses its binding: only numbers change.
-Requests that measure or intervene run on a second graph over the same weights, opened when the first of them comes.
+Requests that measure or intervene run on a second graph over the same weights, opened when the first of them comes and
+let go when none came for a while: ONNX Runtime repacks the weights for each, so it takes their memory once more.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ __all__ = ["OnnxBackend", "OnnxCache", "build_engine", "engine_key"]
 
 CHUNK = 256  # tokens per call of the graph: enough for full speed, and it bounds the memory of activations
 PADDED = 2 * CHUNK  # places B * S per call: bounds what padding a short row to a long one may cost
+PROBE_REST = 300.0  # seconds without use after which the next ordinary request closes the probe
 BIAS_LIMIT = np.float32(1e9)  # -inf would become NaN where the graph multiplies logits by nought
 
 
@@ -148,6 +151,7 @@ class OnnxBackend:
         self._own_bias = np.asarray(manifest.router_bias, np.float32).reshape(-1) if molora else None
         self._threads = threads
         self._probe: ort.InferenceSession | None = None
+        self._probed = 0.0
         self._lock = threading.Lock()
 
     @classmethod
@@ -187,6 +191,9 @@ class OnnxBackend:
                     self._probe = _session(self.folder, PROBE, self._threads)
                 gates = gates or Gates.unchanged(len(rows), self.num_layers, 3, self.top_k)
                 asked = _Asked(asked.bias, gates, measure)
+                self._probed = time.monotonic()
+            elif self._probe is not None and time.monotonic() - self._probed > PROBE_REST:
+                self._probe = None
             if not all_logits and all(len(row) == 1 for row in rows) and len(rows) <= CHUNK:
                 return self._decode(np.concatenate(rows), cache, asked)
             return self._extend(rows, cache, asked, all_logits)
