@@ -5,8 +5,8 @@
     OUT/report.html          every view, in one file (router/report.py)
     OUT/<view>.csv           every view's table
 
-Texts come from TOML (as examples/prompts.toml), JSON lines ({"text", "title", "lang", "stream"}, or exam questions with
-"stem" and "options"), or plain text, one per line. They are read as untrusted input.
+Texts come from TOML (as examples/prompts.toml), JSON lines ({"text", "answer", "title", "lang", "stream"}, or exam questions
+with "stem" and "options"), or plain text, one per line. They are read as untrusted input.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ming_app.engine.engine import Engine
-from ming_app.engine.inspection import inspect
-from ming_app.engine.types import Finish, Message, SamplingParams, Start
+from ming_app.engine.inspection import inspect, inspect_given
+from ming_app.engine.types import Finish, Message, SamplingParams
 from ming_app.errors import TraceError, UsageError
 from ming_app.models.progress import Meter, ProgressCallback
 from ming_app.molora.trace import RouterTrace, Segment, merge
@@ -39,6 +38,8 @@ class Text:
     text: str
     title: str
     labels: dict[str, str]
+    answer: str = ""
+    """a given answer, which is read instead of one that the model writes"""
 
 
 def read_texts(path: str | Path, limit: int = 0) -> list[Text]:
@@ -62,7 +63,7 @@ def read_texts(path: str | Path, limit: int = 0) -> list[Text]:
 def trace_texts(
     engine: Engine, texts: Sequence[Text], folder: Path, max_new_tokens: int, progress: ProgressCallback | None = None
 ) -> RouterTrace:
-    """Reads every text, with a greedy answer of up to `max_new_tokens` (0: the question alone), and merges the measured
+    """Reads every text, with its own answer or a greedy one of up to `max_new_tokens` (0: none), and merges the measured
     traces. What lies in `folder/traces` already is not made again."""
     meter = Meter(progress, "measure", len(texts), "steps")
     found = []
@@ -70,7 +71,7 @@ def trace_texts(
         path = folder / "traces" / f"{_key(engine, text, max_new_tokens)}.npz"
         trace = _kept(path)
         if trace is None:
-            trace = inspect(engine, _traced(engine, text.text, max_new_tokens))
+            trace = _measured(engine, text, max_new_tokens)
             trace.save(path)
         found.append((trace, Segment(0, text.title, text.labels)))
         meter.update(done + 1, force=done + 1 == len(texts))
@@ -94,22 +95,18 @@ def write_atlas(trace: RouterTrace, folder: Path, lang: str, adapter: Path | Non
     return folder / "report.html"
 
 
-def _traced(engine: Engine, text: str, max_new_tokens: int) -> RouterTrace:
-    params = SamplingParams(max(max_new_tokens, 1), temperature=0, repetition_penalty=1.0)
-    trace = None
-    with closing(engine.stream([Message("user", text)], params)) as events:  # type: ignore[type-var]  # a generator
-        for event in events:
-            if isinstance(event, Start | Finish):
-                trace = event.trace
-            if isinstance(event, Start) and not max_new_tokens:
-                break
-    if trace is None:
+def _measured(engine: Engine, text: Text, max_new_tokens: int) -> RouterTrace:
+    question = [Message("user", text.text)]
+    if text.answer or not max_new_tokens:
+        return inspect_given(engine, question, text.answer)
+    *_, finish = engine.stream(question, SamplingParams(max_new_tokens, temperature=0, repetition_penalty=1.0))
+    if not isinstance(finish, Finish) or finish.trace is None:
         raise UsageError("This model has no experts, so there is nothing to trace.", "该模型没有专家，无轨迹可记录。")
-    return trace
+    return inspect(engine, finish.trace)
 
 
 def _key(engine: Engine, text: Text, max_new_tokens: int) -> str:
-    parts = [engine.info.fingerprint, engine.info.precision, text.text, max_new_tokens]
+    parts = [engine.info.fingerprint, engine.info.precision, text.text, text.answer or max_new_tokens]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
@@ -167,7 +164,8 @@ def _text(row: Any, where: str) -> Text:
     lang = row.get("lang")
     labels["language"] = lang if isinstance(lang, str) and lang else _language(text)
     title = row.get("title") if isinstance(row.get("title"), str) else text
-    return Text(text, " ".join(title.split())[:80], {kind: value[:80] for kind, value in labels.items()})
+    answer = row["answer"][:MAX_CHARS] if isinstance(row.get("answer"), str) else ""
+    return Text(text, " ".join(title.split())[:80], {kind: value[:80] for kind, value in labels.items()}, answer)
 
 
 def _language(text: str) -> str:

@@ -94,6 +94,31 @@ def test_questions_alone(engine: Engine, tmp_path: Path) -> None:
     assert not trace.is_answer().any() and len(trace.segments) == 2
 
 
+def test_given_answers_are_read_not_written(engine: Engine, tmp_path: Path) -> None:
+    given = replace(TEXTS[1], answer="是痛风💧。")
+    trace = trace_texts(engine, [given], tmp_path, 50)
+    answers = [token for token in trace.tokens if token.role == "answer"]
+    assert "".join(token.text for token in answers) == "是痛风💧。"
+    assert all(token.logprob is not None and token.others for token in answers)
+    ids = np.array([token.id for token in trace.tokens])
+    whole = engine.backend.forward([ids], engine.backend.new_cache(1, 512))
+    assert np.array_equal(trace.experts, whole.experts[0])
+    pieces = [text for text, members in trace.pieces() if trace.tokens[members[0]].role == "answer"]
+    assert pieces == ["是", "痛", "风", "💧", "。"]
+
+
+def test_the_shipped_atlas_is_what_its_texts_say() -> None:
+    folder = Path(__file__).parents[1] / "examples" / "atlas"
+    texts, trace = read_texts(folder / "texts.jsonl"), RouterTrace.load(folder / "trace.npz")
+    assert [segment.title for segment in trace.segments] == [text.title for text in texts]
+    of = trace.segment_of()
+    for index, text in enumerate(texts):
+        mine = [token for token, segment in zip(trace.tokens, of, strict=True) if segment == index]
+        assert "".join(token.text for token in mine if token.role == "answer") == text.answer
+        assert text.text in "".join(token.text for token in mine if token.role == "prompt")
+    assert trace.contributions is not None and (folder / "trace.npz").stat().st_size < 1_200_000
+
+
 def test_report_and_tables(engine: Engine, tmp_path: Path) -> None:
     trace = trace_texts(engine, TEXTS, tmp_path, 6)
     page = write_atlas(trace, tmp_path, "en", engine.adapter).read_text(encoding="utf-8")

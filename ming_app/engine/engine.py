@@ -198,7 +198,7 @@ class _Request:
         engine, backend, n_prompt = self.engine, self.engine.backend, len(self.prompt_ids)
         max_new = min(self.params.max_new_tokens, engine.info.context_limit - n_prompt)
         self.record = self._new_record(n_prompt + max_new)
-        self.tokens = _prompt_tokens(self.prompt_ids, engine.tokenizer.piece_stream())
+        self.tokens = prompt_tokens(self.prompt_ids, engine.tokenizer.piece_stream())
         cache = backend.new_cache(1, n_prompt + max_new)
         ids = np.array(self.prompt_ids, np.int64)
         began = time.monotonic()
@@ -309,7 +309,7 @@ class _Request:
         )
 
 
-def _prompt_tokens(ids: Sequence[int], pieces: PieceStream) -> list[TraceToken]:
+def prompt_tokens(ids: Sequence[int], pieces: PieceStream) -> list[TraceToken]:
     """Prompt tokens with their text; tokens that form one character share a piece."""
     tokens, piece = [], 0
     for token_id in ids:

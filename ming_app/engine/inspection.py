@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ming_app.engine.engine import Engine
+from ming_app.engine.engine import Engine, prompt_tokens
 from ming_app.engine.interventions import Compiled, described
-from ming_app.engine.types import Cache, Intervention, Step
+from ming_app.engine.types import Cache, Intervention, Message, Step
 from ming_app.errors import PromptTooLongError, StoppedError, TraceError, UsageError
+from ming_app.molora.config import PROJECTIONS
 from ming_app.molora.trace import RouterTrace, TraceToken
 
 CHUNK = 64  # tokens per call: [CHUNK, V] float32 logits are held twice at most
@@ -63,6 +64,25 @@ def inspect(
         for steps in _read(engine, ids, [changes], cancel):
             collected.add(steps[0])
     return collected.trace()
+
+
+def inspect_given(engine: Engine, messages: Sequence[Message], answer: str = "") -> RouterTrace:
+    """The measured trace of a conversation and an answer that someone else wrote ("" for none). Raises as `inspect`."""
+    info = engine.info
+    ids = engine.tokenizer.build(messages, info.context_limit, 1).ids
+    tokens = prompt_tokens(ids, engine.tokenizer.piece_stream())
+    written = prompt_tokens(engine.tokenizer.encode_text(answer), engine.tokenizer.piece_stream())
+    begin = tokens[-1].piece + 1
+    tokens += [replace(token, role="answer", piece=token.piece + begin) for token in written]
+    shape = (len(tokens), info.num_layers, len(PROJECTIONS), info.top_k)
+    unread = RouterTrace(
+        np.zeros(shape, np.uint8),
+        np.zeros(shape, np.float16),
+        tuple(tokens),
+        max(info.num_experts, 1),
+        config={**info.adapter_config, "backend": info.backend},
+    )
+    return inspect(engine, unread)
 
 
 def contrast(

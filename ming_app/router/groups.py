@@ -44,6 +44,20 @@ def token_class(text: str) -> str:
     return best if counts[best] else "space" if space else "other"
 
 
+def content_rows(trace: RouterTrace) -> np.ndarray:
+    """bool [T]: words of the question or the answer; not the chat's frame (control tokens, role names, system message),
+    which is the same in every text."""
+    content = np.ones(len(trace), bool)
+    system, opened = False, False
+    for index, token in enumerate(trace.tokens):
+        if opened:  # the role's name
+            system = token.text.strip() == "system"
+        content[index] = not (system or opened or CONTROL.fullmatch(token.text))
+        opened = token.text == "<|im_start|>"
+        system = system and token.text != "<|im_end|>"
+    return content
+
+
 def groupings(trace: RouterTrace) -> list[Grouping]:
     """Every grouping in which at least two groups have tokens."""
     found = [_by_role(trace), _by_class(trace), _by_part(trace), *_by_label(trace)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ming_app.molora.trace import RouterTrace
-from ming_app.router.groups import CONTROL, Grouping
+from ming_app.router.groups import Grouping, content_rows
 
 DRAWS = 100
 SEEN = 4  # times a token must occur before anything is said about it
@@ -91,7 +91,7 @@ class Favourite:
     text: str
     times: int
     share: float
-    """of the token's choices that went to the expert"""
+    """of its occurrences (and layers, projections) at which the expert was among those chosen"""
     usual: float
     """the same over all tokens"""
     z: float
@@ -105,13 +105,14 @@ def vocabulary(
     layer: int | None = None,
     projection: int | None = None,
     most: int = 12,
+    least: float = 3.0,
 ) -> list[list[Favourite]]:
-    """For every expert its favourite tokens, strongest first: at least 3 standard errors above the expert's usual share.
+    """For every expert its favourite tokens, strongest first: at least `least` standard errors above its usual share.
 
-    Over one layer and projection, or over all (None). Control tokens and parts of characters are left out.
+    Over one layer and projection, or over all (None). The chat's frame and parts of characters are left out.
     """
-    kept = np.arange(len(trace)) if rows is None else np.flatnonzero(rows)
-    kept = np.array([i for i in kept if (text := trace.tokens[i].text).strip() and not CONTROL.fullmatch(text)], int)
+    wanted = content_rows(trace) if rows is None else content_rows(trace) & rows
+    kept = np.array([i for i in np.flatnonzero(wanted) if trace.tokens[i].text.strip()], int)
     if not len(kept):
         return [[] for _ in range(trace.num_experts)]
     where = slice(None) if layer is None else slice(layer, layer + 1)
@@ -121,8 +122,9 @@ def vocabulary(
     E = trace.num_experts
     counts = np.bincount((of[:, None] * E + experts).ravel(), minlength=len(texts) * E).reshape(-1, E)
     times = np.bincount(of)
-    usual = counts.sum(0) / counts.sum()
-    share = counts / counts.sum(1, keepdims=True)
+    cells = experts.shape[1] // trace.top_k
+    usual = counts.sum(0) / (len(kept) * cells)
+    share = counts / (times[:, None] * cells)
     error = np.sqrt(np.maximum(usual * (1 - usual), 1e-12) / times[:, None])
     z = np.where(times[:, None] >= SEEN, (share - usual) / error, 0.0)
     found = []
@@ -134,7 +136,7 @@ def vocabulary(
                     str(texts[i]), int(times[i]), float(share[i, expert]), float(usual[expert]), float(z[i, expert])
                 )
                 for i in order
-                if z[i, expert] > 3
+                if z[i, expert] >= least
             ]
         )
     return found

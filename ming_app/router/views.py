@@ -25,6 +25,11 @@ from ming_app.router.words import name_of, percent, say
 PALETTE = ("#4a90d9", "#e69f00", "#12a37c", "#d677ad", "#e0cf3a", "#d55e00", "#7fc6ee", "#8a8f98")
 INK, GRID = "#71848b", "rgba(113,132,139,.25)"
 FLOW_LAYERS = 8  # that a sankey shows at once
+FAVOURITE, EVERYWHERE = (
+    3.0,
+    5.0,
+)  # standard errors that make a favourite: of one router, and where hundreds are searched
+MOST_FAVOURITES = 200
 Figure = dict[str, Any]
 
 
@@ -198,16 +203,29 @@ def _groups_figure(found: Specialisation, lang: str, layer: int, projection: int
     )
 
 
-def vocabulary_view(trace: RouterTrace, lang: str, where: Where = Where(), rows: np.ndarray | None = None) -> View:
-    """The favourite tokens of every expert; a table only."""
-    found = vocabulary(trace, rows, layer=where.layer, projection=where.projection)
-    table = [
-        (e, favourite.text, favourite.times, _round(favourite.share), _round(favourite.usual), round(favourite.z, 1))
-        for e, favourites in enumerate(found)
+def vocabulary_view(trace: RouterTrace, lang: str, where: Where | None = None, rows: np.ndarray | None = None) -> View:
+    """The favourite tokens of every expert of one router, or the strongest of all routers (None); a table only."""
+    if where is None:
+        cells = [Where(layer, p) for layer, p in np.ndindex(trace.num_layers, len(trace.projections))]
+        least, scope = EVERYWHERE, say(lang, "scope.all")
+    else:
+        cells, least, scope = [where], FAVOURITE, where.text(lang, trace)
+    found = [
+        (cell.layer, trace.projections[cell.projection or 0], e, favourite)
+        for cell in cells
+        for e, favourites in enumerate(
+            vocabulary(trace, rows, layer=cell.layer, projection=cell.projection, least=least)
+        )
         for favourite in favourites
     ]
-    note = say(lang, "vocab.note", seen=SEEN, scope=where.text(lang, trace))
-    columns = _columns(lang, "expert", "token", "times", "share", "usual", "z")
+    if where is None:
+        found.sort(key=lambda row: -row[-1].z)
+    table = [
+        (layer, matrix, e, f.text, f.times, _round(f.share), _round(f.usual), round(f.z, 1))
+        for layer, matrix, e, f in found[:MOST_FAVOURITES]
+    ]
+    note = say(lang, "vocab.note", seen=SEEN, least=f"{least:g}", scope=scope)
+    columns = _columns(lang, "layer", "matrix", "expert", "token", "times", "share", "usual", "z")
     return View("vocabulary", say(lang, "vocab.title"), note, None, Table(columns, table))
 
 

@@ -50,8 +50,8 @@ WORDS: Mapping[str, tuple[str, str]] = {
     "spec.by_token": ("token by token", "以词元为单位"),
     "vocab.title": ("Tokens each expert takes far above its usual share", "各专家明显偏爱的词元"),
     "vocab.note": (
-        "Tokens seen at least {seen} times whose choices fell on an expert at least 3 standard errors more often than its share over all tokens ({scope}).",
-        "至少出现 {seen} 次、且落在某专家上的比例比其总体占比高出 3 个标准误以上的词元（{scope}）。",
+        "Tokens seen at least {seen} times at which an expert was chosen at least {least} standard errors more often than over all tokens ({scope}).",
+        "至少出现 {seen} 次、且选中某专家的比例比其总体水平高出 {least} 个标准误以上的词元（{scope}）。",
     ),
     "together.title": ("Which experts are chosen together", "哪些专家常被同时选中"),
     "together.note": (

@@ -37,6 +37,7 @@ QUEUED: dict[str, Any] = {
     "show_progress": "minimal",
     "api_visibility": "private",
 }
+EXAMPLE = Path(__file__).parents[2] / "examples" / "atlas" / "trace.npz"
 NUMBERED = ("ban", "force", "k")  # changes that need a number
 LETTER_PREFIX = {"zh": "答案：", "en": "Answer:"}
 ANSWER_TOKENS = 400  # of an answer made again
@@ -82,6 +83,14 @@ class ExplorerTab:
                 size="sm",
                 elem_classes="m-quiet",
                 elem_id="ming-open-record",
+            )
+            self.example = words(
+                gr.Button,
+                _worded("exp.example"),
+                size="sm",
+                elem_classes="m-quiet",
+                elem_id="ming-example",
+                visible=EXAMPLE.is_file(),
             )
             self.measure = words(
                 gr.Button,
@@ -203,6 +212,7 @@ class ExplorerTab:
         tab.select(self.refresh, [self.session], everything, **QUIET)
         self.source.input(self.choose, [self.session, self.source], everything, **QUIET)
         self.upload.upload(self.open, [self.session, self.upload], everything, **QUIET)
+        self.example.click(self.open_example, [self.session], everything, **QUIET)
         inputs = [self.session, self.view, self.grouping, self.answers_only, self.other]
         for component in (self.view, self.grouping, self.answers_only, self.other):
             component.input(self.redraw, inputs, seen, **QUIET)
@@ -259,7 +269,13 @@ class ExplorerTab:
         key = answers[int(index)] if 0 <= index < len(answers) else None
         return [gr.Tabs(selected="experts"), *self.choose(session, key or None)]
 
-    def open(self, session: Session, path: str | None) -> list[Any]:
+    def open_example(self, session: Session) -> list[Any]:
+        """The atlas that comes with the app; it needs no model."""
+        title = t(session.lang, "exp.example_title")
+        kept = next((exhibit for exhibit in session.explorer.exhibits if exhibit.title == title), None)
+        return self.choose(session, kept.key) if kept else self.open(session, str(EXAMPLE), title)
+
+    def open(self, session: Session, path: str | None, title: str = "") -> list[Any]:
         """A record from a file; what is wrong with it is said above the views."""
         try:
             if path is None:
@@ -267,7 +283,7 @@ class ExplorerTab:
             trace = RouterTrace.load(path)
             if not len(trace):
                 raise UsageError("The record holds no tokens.", "该记录中没有词元。")
-            made = session.explorer.add(Path(path).name, trace)
+            made = session.explorer.add(title or Path(path).name, trace)
         except MingError as error:
             return [*[gr.skip()] * (len(self.everything) - 1), _refused(error, session.lang)]
         return self.choose(session, made.key)

@@ -11,7 +11,7 @@ from synthetic import even, trace_of
 from ming_app.errors import TraceError
 from ming_app.molora.trace import Segment
 from ming_app.router.compare import compare
-from ming_app.router.groups import Grouping, groupings, token_class
+from ming_app.router.groups import Grouping, content_rows, groupings, token_class
 from ming_app.router.specialisation import js_divergence, specialisation, vocabulary
 
 WORDS = [f"w{i}" for i in range(300)]
@@ -67,6 +67,26 @@ def test_groups_of_an_exam_question() -> None:
     assert set(names[:7]) == {""} and set(names[17:]) == {""}
     assert found["role"].sizes() == [len(texts) - 2, 2]
     assert "language" not in found
+
+
+def test_the_frame_of_a_chat_is_no_content() -> None:
+    texts = [
+        "<|im_start|>",
+        "system",
+        "\n",
+        "help",
+        "<|im_end|>",
+        "\n",
+        "<|im_start|>",
+        "user",
+        "\n",
+        "病",
+        "<|im_end|>",
+        "\n",
+    ]
+    texts += ["<|im_start|>", "assistant", "\n", "ok"]
+    found = content_rows(trace_of(texts, even(), answer_from=len(texts) - 1))
+    assert [t for t, kept in zip(texts, found, strict=True) if kept and t.strip()] == ["病", "ok"]
 
 
 def test_labels_of_segments_are_groups() -> None:
@@ -131,7 +151,7 @@ def test_favourite_tokens_are_found() -> None:
     favourites = vocabulary(trace_of(texts, route))
     assert [f.text for f in favourites[3]] == ["drug"]
     found = favourites[3][0]
-    assert found.times == 60 and found.share == pytest.approx(0.5) and found.usual < 0.35
+    assert found.times == 60 and found.share == pytest.approx(1) and found.usual < 0.7
     assert "w5" not in {f.text for row in favourites for f in row}  # seen once
 
 

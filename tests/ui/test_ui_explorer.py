@@ -126,6 +126,18 @@ def test_records_are_opened_and_bad_ones_explained(tab, session: Session, tmp_pa
     assert "damaged" in tab.open(session, str(bad))[-1] and session.explorer.current.title == "kept.npz"
 
 
+def test_the_example_opens_without_a_model() -> None:
+    tab, visitor = (
+        Page(EngineLoader(lambda progress: pytest.fail("not needed")), Settings()).explorer,
+        Session(lang="zh"),
+    )
+    found = shown(tab, tab.open_example(visitor))
+    assert found["source"]["choices"][0][0].startswith("示例") and found["panel"]["c"]
+    tab.open_example(visitor)
+    assert len(visitor.explorer.exhibits) == 1
+    assert "模型仍在加载" in tab.look_closely(visitor)[-1]
+
+
 def test_the_table_is_saved(tab, session: Session) -> None:
     path = Path(tab._saver("csv")(session)["value"])
     assert path.name == "ming-moe-load.csv" and path.read_text(encoding="utf-8").startswith("\ufefflayer,matrix,expert")
