@@ -28,7 +28,7 @@ class Job:
 
 
 def diff(job: Job, settings: Settings, console: Console, load_engine: Any) -> dict[str, Any]:
-    """How two traces differ, and a report of it with --out."""
+    """How two traces differ; with --out the table of their tokens as CSV."""
     from ming_app.router.compare import compare
     from ming_app.router.views import compare_view
 
@@ -39,7 +39,7 @@ def diff(job: Job, settings: Settings, console: Console, load_engine: Any) -> di
     view = compare_view(found, a, b, console.lang)
     console.line(view.note)
     if job.out:
-        Path(job.out).write_text(view.table.to_csv(), encoding="utf-8")
+        _write(job.out, view.table.to_csv())
     return {
         "aligned": len(found.pairs),
         "only_a": found.only_a,
@@ -69,7 +69,7 @@ def report(job: Job, settings: Settings, console: Console, load_engine: Any) -> 
         raise UsageError("report takes one trace file, and --out.", "report 需要一个轨迹文件以及 --out。")
     trace = RouterTrace.load(job.files[0])
     page = report_html(trace, console.lang, report_views(trace, console.lang))
-    Path(job.out).write_text(page, encoding="utf-8")
+    _write(job.out, page)
     console.note(f"Written: {job.out}.", f"已写入：{job.out}。")
     return {"file": job.out, "tokens": len(trace)}
 
@@ -89,6 +89,16 @@ def atlas(job: Job, settings: Settings, console: Console, load_engine: Any) -> d
         written = write_atlas(trace, folder, console.lang, getattr(engine, "adapter", None))
     console.note(f"Written: {written}.", f"已写入：{written}。")
     return {"folder": str(folder), "report": str(written), "texts": len(texts), "tokens": len(trace)}
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}.", f"无法写入 {path}：{error.strerror}。"
+        ) from error
 
 
 ACTIONS: Mapping[str, Callable[[Job, Settings, Console, Any], dict[str, Any]]] = {

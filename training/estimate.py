@@ -18,7 +18,7 @@ from ming_app.molora.checkpoint import Adapter, expected_shapes
 from training.losses import HEAD_CHUNK
 from training.recipe import Recipe
 
-BYTES = {"float32": 4.0, "bf16": 2.0, "int8": 1.02, "nf4": 0.5625}
+BYTES = {"auto": 2.0, "float32": 4.0, "bf16": 2.0, "int8": 1.02, "nf4": 0.5625}
 """per weight, scales counted"""
 LEARNT = 0.25  # share of tokens that the loss looks at
 

@@ -76,7 +76,7 @@ def inspect_given(engine: Engine, messages: Sequence[Message], answer: str = "")
     tokens += [replace(token, role="answer", piece=token.piece + begin) for token in written]
     shape = (len(tokens), info.num_layers, len(PROJECTIONS), info.top_k)
     unread = RouterTrace(
-        np.zeros(shape, np.uint8),
+        np.broadcast_to(np.arange(info.top_k, dtype=np.uint8), shape),
         np.zeros(shape, np.float16),
         tuple(tokens),
         max(info.num_experts, 1),
@@ -122,6 +122,12 @@ def _ids(engine: Engine, trace: RouterTrace) -> np.ndarray:
         raise TraceError(
             "This trace is not one text of this model's tokens, so it cannot be read again.",
             "该轨迹不是当前模型词元构成的单个文本，无法重新读取。",
+        )
+    said = "".join(token.text for token in trace.tokens)
+    if engine.tokenizer.decode(ids.tolist()).rstrip("\ufffd") != said.rstrip("\ufffd"):
+        raise TraceError(
+            "This trace was made with another tokenizer, so this model cannot read it again.",
+            "该轨迹由其他分词器生成，当前模型无法重新读取。",
         )
     if len(ids) > engine.info.context_limit:
         raise PromptTooLongError(

@@ -16,8 +16,10 @@ from ming_app.errors import UsageError
 from ming_app.molora.config import PROJECTIONS
 
 BANNED = np.float32(-1e6)  # far below any logit, and finite: -inf times nought is no number
-FORCED = np.float32(1e6)
-WORDS = re.compile(r"(?P<kind>[a-z]+)(?::(?P<value>\d+))?(?:@(?P<layers>\d+(?:-\d+)?))?(?:/(?P<projections>[a-z+]+))?")
+FORCED = np.float32(1e4)  # takes all the weight, and leaves float32 the digits that order the others
+WORDS = re.compile(
+    r"(?P<kind>[a-z]+)(?::(?P<value>\d{1,4}))?(?:@(?P<layers>\d{1,4}(?:-\d{1,4})?))?(?:/(?P<projections>[a-z+]+))?"
+)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ class RouterTrace:
         e, w = np.asarray(self.experts), np.asarray(self.weights)
         if e.ndim != 4 or e.shape != w.shape:
             raise bad_trace(f"experts {e.shape} and weights {w.shape} must both be [T, L, P, k]")
+        if not e.shape[1] or not 1 <= e.shape[3] <= self.num_experts:
+            raise bad_trace(f"there must be a layer, and k={e.shape[3]} of {self.num_experts} experts")
         if e.dtype != np.uint8 or w.dtype != np.float16:
             raise bad_trace(f"experts must be uint8 and weights float16, got {e.dtype} and {w.dtype}")
         if len(self.tokens) != e.shape[0]:
@@ -107,11 +109,10 @@ class RouterTrace:
 
     def pieces(self) -> list[tuple[str, list[int]]]:
         """Visible text pieces in order, each with the indices of the tokens that form it."""
-        grouped: dict[int, tuple[str, list[int]]] = {}
+        grouped: dict[int, list[int]] = {}
         for i, token in enumerate(self.tokens):
-            text, members = grouped.setdefault(token.piece, ("", []))
-            grouped[token.piece] = (text + token.text, [*members, i])
-        return list(grouped.values())
+            grouped.setdefault(token.piece, []).append(i)
+        return [("".join(self.tokens[i].text for i in members), members) for members in grouped.values()]
 
     def is_answer(self) -> np.ndarray:
         """bool [T]: which tokens the model wrote."""
@@ -137,7 +138,8 @@ class RouterTrace:
 
 
 def merge(traces: Sequence[tuple[RouterTrace, Segment]]) -> RouterTrace:
-    """One trace of several, in order; each becomes a segment with the given title and labels (its start is set here).
+    """One trace of several, in order; each becomes a segment with the given title and labels (its start is set here), or
+    keeps the segments that it has.
 
     Model and configuration are those of the first. What only some traces record is left out. Raises TraceError when
     there is none, or when they are not of one shape and fingerprint.
@@ -154,7 +156,9 @@ def merge(traces: Sequence[tuple[RouterTrace, Segment]]) -> RouterTrace:
             raise bad_trace("traces of different models cannot be merged")
         if not len(trace):
             continue
-        segments.append(replace(segment, start=len(tokens)))
+        segments += [
+            replace(own, start=own.start + len(tokens)) for own in trace.segments or (replace(segment, start=0),)
+        ]
         tokens += [replace(token, piece=token.piece + piece) for token in trace.tokens]
         piece = tokens[-1].piece + 1
     parts = [trace for trace, _ in traces]

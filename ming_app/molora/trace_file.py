@@ -21,6 +21,8 @@ import io
 import json
 import math
 import os
+import re
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -39,6 +41,8 @@ MAX_TOKENS = 1 << 17
 MAX_CELLS = 1 << 26  # numbers in one array
 MAX_OTHERS = 20
 MAX_LABELS = 20
+KIND = re.compile(r"[a-z][a-z0-9_]{0,29}")
+"""of a label: it names files and parts of a page"""
 ARRAYS = {"experts": np.uint8, "weights": np.float16}
 MEASURED = {"probabilities": np.float16, "contributions": np.float16}
 # What json, zipfile, zlib and numpy raise for damaged bytes.
@@ -51,6 +55,8 @@ _DAMAGE = (
     MemoryError,
     EOFError,
     OSError,
+    SyntaxError,
+    tokenize.TokenError,  # both from numpy's reading of an array's header
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -125,6 +131,10 @@ def _trace(header: Any, arrays: dict[str, np.ndarray]) -> RouterTrace:
         raise bad_trace("the file is not a router trace")
     if header.get("schema") not in READABLE:
         raise bad_trace(f"schema version {header.get('schema')!r} is not known (this program reads {READABLE})")
+    json.dumps(header, ensure_ascii=False).encode()  # refuses text that is no Unicode (lone surrogates)
+    ordered = np.sort(arrays["experts"], axis=-1) if arrays["experts"].ndim == 4 else arrays["experts"]
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise bad_trace("the experts of a cell must differ")
     rows, segments = header["tokens"], header.get("segments", [])
     if not isinstance(rows, list) or len(rows) > MAX_TOKENS or not isinstance(segments, list):
         raise bad_trace("the token list or the segment list is missing or too long")
@@ -158,7 +168,7 @@ def _token(row: Any) -> TraceToken:
 def _segment(row: Any) -> Segment:
     start, title, labels = row
     right = isinstance(start, int) and _short(title, 1000) and isinstance(labels, dict) and len(labels) <= MAX_LABELS
-    if not right or not all(_short(text, 200) for pair in labels.items() for text in pair):
+    if not right or not all(KIND.fullmatch(kind) and _short(label, 200) for kind, label in labels.items()):
         raise bad_trace("a segment is malformed")
     return Segment(start, title, labels)
 

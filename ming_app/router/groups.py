@@ -15,6 +15,7 @@ import numpy as np
 from ming_app.molora.trace import RouterTrace
 
 CLASSES = ("han", "latin", "digit", "punctuation", "space", "special", "other")
+MAX_GROUPS = 24  # of one kind of label; more cannot be told apart in a picture
 CONTROL = re.compile(r"<\|[^|>]*\|>")
 OPTION = re.compile(r"^[ \t]*\(?([A-H])[.、．:：)）]", re.MULTILINE)
 
@@ -60,7 +61,8 @@ def content_rows(trace: RouterTrace) -> np.ndarray:
 
 def groupings(trace: RouterTrace) -> list[Grouping]:
     """Every grouping in which at least two groups have tokens."""
-    found = [_by_role(trace), _by_class(trace), _by_part(trace), *_by_label(trace)]
+    found = [_by_role(trace), _by_class(trace), _by_part(trace)]
+    found += [g for g in _by_label(trace) if len(g.names) <= MAX_GROUPS and g.kind not in {own.kind for own in found}]
     return [grouping for grouping in found if sum(size > 0 for size in grouping.sizes()) > 1]
 
 

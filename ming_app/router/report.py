@@ -16,6 +16,7 @@ from ming_app.molora.trace import RouterTrace
 from ming_app.router import panel, views
 from ming_app.router.groups import groupings
 from ming_app.router.payload import trace_payload
+from ming_app.router.statistics import coactivation
 from ming_app.router.views import FLOW_LAYERS, Table, View, Where
 from ming_app.router.words import name_of, panel_words, say
 
@@ -75,14 +76,16 @@ def report_views(
         for p, matrix in matrices:
             put(matrix, views.specialisation_view(trace, lang, grouping, p, trace.num_layers // 2))
     put(say(lang, "scope.all"), views.vocabulary_view(trace, lang))
+    together = coactivation(trace)
     if trace.top_k > 1:
         for layer, p in np.ndindex(trace.num_layers, len(matrices)):
-            put(Where(layer, p).text(lang, trace), views.together_view(trace, lang, layer, p))
+            put(Where(layer, p).text(lang, trace), views.together_view(trace, lang, layer, p, found=together))
     if trace.num_layers > 1:
         for p, matrix in matrices:
             for first in range(0, trace.num_layers - 1, FLOW_LAYERS - 1):
-                view = views.flow_view(trace, lang, p, first)
-                put(f"{matrix}, {say(lang, 'layer')} {first}–{min(first + FLOW_LAYERS, trace.num_layers) - 1}", view)
+                first = max(0, min(first, trace.num_layers - FLOW_LAYERS))
+                last = min(first + FLOW_LAYERS, trace.num_layers) - 1
+                put(f"{matrix}, {say(lang, 'layer')} {first}–{last}", views.flow_view(trace, lang, p, first))
     if similarity is not None:
         for layer, p in np.ndindex(trace.num_layers, len(matrices)):
             put(Where(layer, p).text(lang, trace), views.alike_view(similarity, trace, lang, layer, p))

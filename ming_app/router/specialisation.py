@@ -16,7 +16,9 @@ from ming_app.molora.trace import RouterTrace
 from ming_app.router.groups import Grouping, content_rows
 
 DRAWS = 100
-SEEN = 4  # times a token must occur before anything is said about it
+SEEN = 4  # times a token must occur, and (`CONTEXTS`) after so many different tokens, before anything is said about it
+CONTEXTS = 3
+RATE, LIFT = 0.75, 1.5  # what makes a favourite: the expert is chosen so often, and so many times as often as for all
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,6 @@ class Specialisation:
     chance_high: np.ndarray
     largest: float
     """H(p): what groups that share no expert would have"""
-    pairs: np.ndarray
-    """[G, G]: divergence of two groups weighted alike, mean over layers and projections"""
     whole_texts: bool
     """chance dealt out the labels of whole texts, not of tokens"""
 
@@ -52,20 +52,24 @@ def specialisation(
     """Divergence of the groups of `grouping`; None when fewer than two have tokens.
 
     The baseline deals the labels out anew. Tokens of one text are not independent, so where every text lies in one group
-    and there are several texts, whole texts change their labels; otherwise single tokens do.
+    and there are several texts, whole texts change their labels. Otherwise distinct tokens do, with all their occurrences in
+    a group: equal tokens route nearly alike, whatever group they stand in.
     """
     rows = np.flatnonzero(grouping.of >= 0)
     present = [g for g, size in enumerate(grouping.sizes()) if size]
     if len(present) < 2:
         return None
     of = np.searchsorted(present, grouping.of[rows])
-    cells = _cells(trace, rows)
-    counts = _grouped(cells, of, len(present), trace.num_experts)
+    cells, size = _cells(trace, rows), trace.num_layers * len(trace.projections) * trace.num_experts
+    counts = _grouped(cells, of, len(present), size).reshape(len(present), -1, trace.num_experts)
     divergence = js_divergence(counts)
-    unit = _units(trace, rows, of)
+    unit, whole_texts = _units(trace, rows, of)
     rng = np.random.default_rng(seed)
     shuffled = np.stack(
-        [js_divergence(_grouped(cells, _dealt(of, unit, rng), len(present), trace.num_experts)) for _ in range(draws)]
+        [
+            js_divergence(_grouped(cells, _dealt(of, unit, rng), len(present), size).reshape(counts.shape))
+            for _ in range(draws)
+        ]
     )
     shape = (trace.num_layers, len(trace.projections))
     sizes = np.bincount(of, minlength=len(present))
@@ -79,8 +83,7 @@ def specialisation(
         shuffled.mean(0).reshape(shape),
         np.percentile(shuffled, 95, axis=0).reshape(shape),
         float(_entropy(sizes / sizes.sum())),
-        _pairwise(shares),
-        unit is not None,
+        whole_texts,
     )
 
 
@@ -90,70 +93,64 @@ class Favourite:
 
     text: str
     times: int
+    contexts: int
+    """different tokens that it followed"""
     share: float
-    """of its occurrences (and layers, projections) at which the expert was among those chosen"""
+    """of its occurrences at which the expert was among those chosen"""
     usual: float
     """the same over all tokens"""
-    z: float
-    """their difference in standard errors, one independent choice per occurrence"""
+
+    @property
+    def lift(self) -> float:
+        """share / usual"""
+        return self.share / max(self.usual, 1e-9)
 
 
 def vocabulary(
-    trace: RouterTrace,
-    rows: np.ndarray | None = None,
-    *,
-    layer: int | None = None,
-    projection: int | None = None,
-    most: int = 12,
-    least: float = 3.0,
+    trace: RouterTrace, layer: int, projection: int, rows: np.ndarray | None = None, most: int = 12
 ) -> list[list[Favourite]]:
-    """For every expert its favourite tokens, strongest first: at least `least` standard errors above its usual share.
+    """For every expert of one router its favourite tokens, largest lift first. A description, not a test: a token's id alone
+    decides much of its route, so its occurrences are no independent evidence; that it came after different tokens is shown.
 
-    Over one layer and projection, or over all (None). The chat's frame and parts of characters are left out.
+    The chat's frame and parts of characters are left out.
     """
     wanted = content_rows(trace) if rows is None else content_rows(trace) & rows
     kept = np.array([i for i in np.flatnonzero(wanted) if trace.tokens[i].text.strip()], int)
     if not len(kept):
         return [[] for _ in range(trace.num_experts)]
-    where = slice(None) if layer is None else slice(layer, layer + 1)
-    which = slice(None) if projection is None else slice(projection, projection + 1)
     texts, of = np.unique([trace.tokens[i].text.strip() for i in kept], return_inverse=True)
-    experts = trace.experts[kept][:, where, which].reshape(len(kept), -1).astype(np.int64)
-    E = trace.num_experts
-    counts = np.bincount((of[:, None] * E + experts).ravel(), minlength=len(texts) * E).reshape(-1, E)
+    chosen = np.zeros((len(kept), trace.num_experts))
+    acting = trace.weights[kept, layer, projection] > 0
+    np.put_along_axis(chosen, trace.experts[kept, layer, projection].astype(np.int64), acting, axis=-1)
     times = np.bincount(of)
-    cells = experts.shape[1] // trace.top_k
-    usual = counts.sum(0) / (len(kept) * cells)
-    share = counts / (times[:, None] * cells)
-    error = np.sqrt(np.maximum(usual * (1 - usual), 1e-12) / times[:, None])
-    z = np.where(times[:, None] >= SEEN, (share - usual) / error, 0.0)
+    before = np.array([trace.tokens[i - 1].id if i else -1 for i in kept])
+    contexts = np.bincount(np.unique(np.stack([of, before]), axis=1)[0], minlength=len(texts))
+    share = np.stack([np.bincount(of, column) for column in chosen.T], axis=1) / times[:, None]
+    usual = chosen.mean(0)
+    known = (times >= SEEN) & (contexts >= CONTEXTS)
     found = []
-    for expert in range(E):
-        order = np.argsort(-z[:, expert], kind="stable")[:most]
-        found.append(
-            [
-                Favourite(
-                    str(texts[i]), int(times[i]), float(share[i, expert]), float(usual[expert]), float(z[i, expert])
-                )
-                for i in order
-                if z[i, expert] >= least
-            ]
-        )
+    for expert in range(trace.num_experts):
+        good = known & (share[:, expert] >= RATE) & (share[:, expert] >= LIFT * usual[expert])
+        row = [
+            Favourite(str(texts[i]), int(times[i]), int(contexts[i]), float(share[i, expert]), float(usual[expert]))
+            for i in np.flatnonzero(good)
+        ]
+        found.append(sorted(row, key=lambda favourite: (-favourite.lift, -favourite.times))[:most])
     return found
 
 
 def _cells(trace: RouterTrace, rows: np.ndarray) -> np.ndarray:
-    """int64 [n, L P k]: index of (cell, expert) of every choice."""
+    """int64 [n, L P k]: index of (cell, expert) of every choice, -1 for a rank without weight."""
     experts = trace.experts[rows].reshape(len(rows), -1, trace.top_k).astype(np.int64)
     offsets = np.arange(experts.shape[1])[:, None] * trace.num_experts
-    return (experts + offsets).reshape(len(rows), -1)
+    acting = trace.weights[rows].reshape(experts.shape) > 0
+    return np.where(acting, experts + offsets, -1).reshape(len(rows), -1)
 
 
-def _grouped(cells: np.ndarray, of: np.ndarray, groups: int, num_experts: int) -> np.ndarray:
-    """int64 [G, L P, E]."""
-    size = int(cells.max()) // num_experts * num_experts + num_experts
-    flat = (cells + of[:, None] * size).ravel()
-    return np.bincount(flat, minlength=groups * size).reshape(groups, -1, num_experts)
+def _grouped(cells: np.ndarray, of: np.ndarray, groups: int, size: int) -> np.ndarray:
+    """int64 [G, size]: how often each of `size` (cell, expert) pairs was chosen by each group."""
+    flat = (cells + of[:, None] * size)[cells >= 0]
+    return np.bincount(flat, minlength=groups * size).reshape(groups, size)
 
 
 def js_divergence(counts: np.ndarray) -> np.ndarray:
@@ -163,23 +160,17 @@ def js_divergence(counts: np.ndarray) -> np.ndarray:
     return _entropy(mixture) - (weight[..., 0] * _entropy(_shares(counts))).sum(0)
 
 
-def _pairwise(share: np.ndarray) -> np.ndarray:
-    """Shares [G, M, E] -> [G, G], mean over M of the divergence of two equal groups."""
-    middle = (share[:, None] + share[None]) / 2
-    own = _entropy(share)
-    return (_entropy(middle) - (own[:, None] + own[None]) / 2).mean(-1)
+def _units(trace: RouterTrace, rows: np.ndarray, of: np.ndarray) -> tuple[np.ndarray, bool]:
+    """int [n]: what changes its label together with every row, numbered from 0; and whether that is a whole text."""
+    _, text = np.unique(trace.segment_of()[rows], return_inverse=True)
+    whole = len({*zip(text.tolist(), of.tolist(), strict=True)}) == text.max() + 1
+    if whole and text.max() > of.max():
+        return text, True
+    ids = np.array([trace.tokens[i].id for i in rows], np.int64)
+    return np.unique(ids * (of.max() + 1) + of, return_inverse=True)[1], False
 
 
-def _units(trace: RouterTrace, rows: np.ndarray, of: np.ndarray) -> np.ndarray | None:
-    """int [n]: the text of every row, when texts can change labels as a whole; None when tokens must."""
-    _, unit = np.unique(trace.segment_of()[rows], return_inverse=True)
-    whole = len({*zip(unit.tolist(), of.tolist(), strict=True)}) == unit.max() + 1
-    return unit if whole and unit.max() > of.max() else None
-
-
-def _dealt(of: np.ndarray, unit: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-    if unit is None:
-        return rng.permutation(of)
+def _dealt(of: np.ndarray, unit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     labels = np.zeros(unit.max() + 1, int)
     labels[unit] = of
     return rng.permutation(labels)[unit]

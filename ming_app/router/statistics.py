@@ -1,7 +1,7 @@
 """What a trace says about the use of its experts, as numbers. numpy only, pure; the random draws of baselines are seeded.
 
-A choice is one (token, layer, projection, rank) cell. The share of an expert is its part of the choices: E shares add up
-to 1, and 1 / E each is even use. Arrays keep the trace's axes L (layers), P (gate, up, down), E (experts).
+A choice is one (token, layer, projection, rank) cell with a weight (an intervention may leave ranks without). The share of
+an expert is its part of the choices: E shares add up to 1, and 1 / E each is even use. Arrays keep the trace's axes L (layers), P (gate, up, down), E (experts).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Load:
 
 def choice_counts(trace: RouterTrace, rows: np.ndarray | None = None) -> np.ndarray:
     """int64 [L, P, E]: how often each expert was chosen by the tokens `rows` (bool [T]; None: all)."""
-    experts = trace.experts if rows is None else trace.experts[rows]
-    return _counts(experts, trace.num_experts)
+    kept = slice(None) if rows is None else rows
+    return _counts(trace.experts[kept], trace.weights[kept], trace.num_experts)
 
 
 def load(trace: RouterTrace, rows: np.ndarray | None = None, *, draws: int = DRAWS, seed: int = 0) -> Load:
@@ -47,7 +47,7 @@ def load(trace: RouterTrace, rows: np.ndarray | None = None, *, draws: int = DRA
     experts relabelled at random. The band is the middle 95 % of such draws.
     """
     kept = np.arange(len(trace)) if rows is None else np.flatnonzero(rows)
-    counts = _counts(trace.experts[kept], trace.num_experts)
+    counts = _counts(trace.experts[kept], trace.weights[kept], trace.num_experts)
     share = _shares(counts)
     low, high = _band(trace, kept, draws, np.random.default_rng(seed))
     gini, entropy = gini_of(share), entropy_of(share)
@@ -97,17 +97,18 @@ def flow(trace: RouterTrace, projection: int, rows: np.ndarray | None = None) ->
 
 def _chosen(trace: RouterTrace, rows: np.ndarray | None) -> np.ndarray:
     """float32 [T, L, P, E]: 1 where an expert was chosen."""
-    experts = trace.experts if rows is None else trace.experts[rows]
+    kept = slice(None) if rows is None else rows
+    experts, acting = trace.experts[kept], trace.weights[kept] > 0
     chosen = np.zeros((*experts.shape[:3], trace.num_experts), np.float32)
-    np.put_along_axis(chosen, experts.astype(np.int64), 1, axis=-1)
+    np.put_along_axis(chosen, experts.astype(np.int64), acting.astype(np.float32), axis=-1)
     return chosen
 
 
-def _counts(experts: np.ndarray, num_experts: int) -> np.ndarray:
-    """Experts [T, L, P, k] -> int64 [L, P, E]."""
+def _counts(experts: np.ndarray, weights: np.ndarray, num_experts: int) -> np.ndarray:
+    """Experts and weights [T, L, P, k] -> int64 [L, P, E]."""
     _, layers, projections, _ = experts.shape
     cell = np.arange(layers * projections).reshape(1, layers, projections, 1) * num_experts
-    flat = (experts.astype(np.int64) + cell).ravel()
+    flat = (experts.astype(np.int64) + cell)[weights > 0]
     return np.bincount(flat, minlength=layers * projections * num_experts).reshape(layers, projections, num_experts)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from ming_app.molora.trace import RouterTrace
 from ming_app.router.compare import Comparison
 from ming_app.router.groups import Grouping
-from ming_app.router.specialisation import SEEN, Specialisation, specialisation, vocabulary
+from ming_app.router.specialisation import CONTEXTS, LIFT, RATE, SEEN, Specialisation, specialisation, vocabulary
 from ming_app.router.statistics import coactivation, flow, load
 from ming_app.router.words import name_of, percent, say
 
@@ -54,7 +54,7 @@ class Table:
         a formula gets an apostrophe."""
         buffer = io.StringIO()
         writer = csv.writer(buffer)
-        writer.writerow(self.columns)
+        writer.writerow([_safe(column) for column in self.columns])
         writer.writerows([_safe(value) for value in row] for row in self.rows)
         return "\ufeff" + buffer.getvalue()
 
@@ -191,7 +191,10 @@ def specialisation_view(
 
 def _groups_figure(found: Specialisation, lang: str, layer: int, projection: int) -> Figure:
     """Share of every expert for every group, one layer and projection."""
-    names = [f"{name_of(lang, 'name', name)} ({size})" for name, size in zip(found.names, found.sizes, strict=True)]
+    names = [
+        html.escape(f"{name_of(lang, 'name', name)} ({size})")
+        for name, size in zip(found.names, found.sizes, strict=True)
+    ]
     share = found.share[:, layer, projection]
     return _heatmap(
         share,
@@ -206,32 +209,37 @@ def _groups_figure(found: Specialisation, lang: str, layer: int, projection: int
 def vocabulary_view(trace: RouterTrace, lang: str, where: Where | None = None, rows: np.ndarray | None = None) -> View:
     """The favourite tokens of every expert of one router, or the strongest of all routers (None); a table only."""
     if where is None:
-        cells = [Where(layer, p) for layer, p in np.ndindex(trace.num_layers, len(trace.projections))]
-        least, scope = EVERYWHERE, say(lang, "scope.all")
+        cells = [(layer, p) for layer, p in np.ndindex(trace.num_layers, len(trace.projections))]
+        scope = say(lang, "scope.all")
     else:
-        cells, least, scope = [where], FAVOURITE, where.text(lang, trace)
+        cells, scope = [(where.layer or 0, where.projection or 0)], where.text(lang, trace)
     found = [
-        (cell.layer, trace.projections[cell.projection or 0], e, favourite)
-        for cell in cells
-        for e, favourites in enumerate(
-            vocabulary(trace, rows, layer=cell.layer, projection=cell.projection, least=least)
-        )
+        (layer, trace.projections[p], e, favourite)
+        for layer, p in cells
+        for e, favourites in enumerate(vocabulary(trace, layer, p, rows))
         for favourite in favourites
     ]
     if where is None:
-        found.sort(key=lambda row: -row[-1].z)
+        found.sort(key=lambda row: (-row[-1].lift, -row[-1].times))
     table = [
-        (layer, matrix, e, f.text, f.times, _round(f.share), _round(f.usual), round(f.z, 1))
+        (layer, matrix, e, f.text, f.times, f.contexts, _round(f.share), _round(f.usual), round(f.lift, 2))
         for layer, matrix, e, f in found[:MOST_FAVOURITES]
     ]
-    note = say(lang, "vocab.note", seen=SEEN, least=f"{least:g}", scope=scope)
-    columns = _columns(lang, "layer", "matrix", "expert", "token", "times", "share", "usual", "z")
+    note = say(lang, "vocab.note", seen=SEEN, contexts=CONTEXTS, rate=percent(RATE), lift=LIFT, scope=scope)
+    columns = _columns(lang, "layer", "matrix", "expert", "token", "times", "contexts", "share", "usual", "lift")
     return View("vocabulary", say(lang, "vocab.title"), note, None, Table(columns, table))
 
 
-def together_view(trace: RouterTrace, lang: str, layer: int, projection: int, rows: np.ndarray | None = None) -> View:
-    """Co-activation of one layer and projection."""
-    found, E = coactivation(trace, rows), trace.num_experts
+def together_view(
+    trace: RouterTrace,
+    lang: str,
+    layer: int,
+    projection: int,
+    rows: np.ndarray | None = None,
+    found: np.ndarray | None = None,
+) -> View:
+    """Co-activation of one layer and projection; its table is of that layer. `found`: `coactivation`, where it is known."""
+    found, E = coactivation(trace, rows) if found is None else found, trace.num_experts
     matrix = found[layer, projection].astype(object)
     np.fill_diagonal(matrix, None)
     names = [_expert(lang, e) for e in range(E)]
@@ -294,8 +302,8 @@ def alike_view(similarity: np.ndarray, trace: RouterTrace, lang: str, layer: int
     hover = "%{y}, %{x}: %{z:.3f}<extra></extra>"
     figure = _heatmap(matrix, names, names, -span, span, hover=hover, square=True, diverging=True)
     table = [
-        (at, trace.projections[p], i, j, _round(similarity[at, p, i, j]))
-        for at, p, i, j in np.ndindex(*similarity.shape)
+        (layer, trace.projections[p], i, j, _round(similarity[layer, p, i, j]))
+        for p, i, j in np.ndindex(*similarity.shape[1:])
         if i < j
     ]
     columns = (*_columns(lang, "layer", "matrix", "expert", "expert"), "cos")
@@ -344,8 +352,9 @@ def compare_view(found: Comparison, a: RouterTrace, b: RouterTrace, lang: str) -
         hover=f"%{{customdata}}, {say(lang, 'layer')} %{{y}}: %{{z:.0%}}<extra></extra>",
         axes=(say(lang, "token"), say(lang, "layer")),
     )
-    figure["data"][0]["customdata"] = [texts] * a.num_layers
-    figure["layout"]["xaxis"] |= {"tickvals": list(range(len(texts))), "ticktext": texts} if len(texts) <= 80 else {}
+    labels = [html.escape(text) for text in texts]  # plotly reads labels as HTML
+    figure["data"][0]["customdata"] = [labels] * a.num_layers
+    figure["layout"]["xaxis"] |= {"tickvals": list(range(len(texts))), "ticktext": labels} if len(texts) <= 80 else {}
     note = say(
         lang, "compare.note", pairs=len(found.pairs), only_a=found.only_a, only_b=found.only_b, same=percent(found.same)
     )

@@ -7,6 +7,7 @@ Whoever iterates `answer` may close it at any time: the model is free within two
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ming_app.engine.types import Finish, Message, SamplingParams, Start, Token
-from ming_app.errors import MingError
+from ming_app.errors import MingError, UsageError
 from ming_app.molora.trace import RouterTrace
 from ming_app.router.payload import LivePayload, empty_payload, trace_payload
 from ming_app.ui.explorer import Explorer
@@ -278,7 +279,8 @@ class _Writer:
             session.trace = event.trace
             session.payload = trace_payload(event.trace, self.key)
             asked = [Message(turn.role, turn.text) for turn in session.turns[:-1]]
-            self.turn.exhibit = session.explorer.add(asked[-1].content, event.trace, asked, self.turn.text).key
+            with contextlib.suppress(UsageError):  # too large for the explorer: an answer all the same
+                self.turn.exhibit = session.explorer.add(asked[-1].content, event.trace, asked, self.turn.text).key
 
 
 def refuse(session: Session, error: MingError) -> None:

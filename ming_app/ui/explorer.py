@@ -6,8 +6,8 @@ An `Exhibit` is one trace with a title: an answer of the chat, an opened file, o
 
 from __future__ import annotations
 
-import itertools
 import json
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -17,6 +17,8 @@ import numpy as np
 
 from ming_app.engine.inspection import Contrast
 from ming_app.engine.types import Message
+from ming_app.errors import UsageError
+from ming_app.molora.config import PROJECTIONS
 from ming_app.molora.trace import RouterTrace
 from ming_app.router import views
 from ming_app.router.compare import compare
@@ -28,6 +30,7 @@ from ming_app.ui.text import refusal, t
 
 MAX_EXHIBITS = 24  # the oldest make way
 TITLE_CHARS = 46
+MAX_CELLS = 6_000_000  # tokens x layers x projections x experts of one exhibit
 VIEWS = ("load", "contribution", "groups", "vocabulary", "together", "flow", "alike", "compare")
 
 
@@ -53,18 +56,31 @@ class Explorer:
     view: str = "load"
     grouping: str = ""
     layer: int | None = None
-    """None: the middle one, which the panel begins with too"""
+    """None until something was looked at: then the middle one, with which the panel begins too"""
     projection: int = 0
     answers_only: bool = True
-    _numbers: Any = field(default_factory=itertools.count)
+    last_layer: int = -1
+    """of the records that the page's numbers of layers stand for"""
 
     def add(
-        self, title: str, trace: RouterTrace, messages: Sequence[Message] | None = None, answer: str = ""
+        self,
+        title: str,
+        trace: RouterTrace,
+        messages: Sequence[Message] | None = None,
+        answer: str = "",
+        changes: str = "",
     ) -> Exhibit:
-        """Puts a trace on the shelf; the newest comes first."""
-        title = " ".join(title.split())
-        title = title if len(title) <= TITLE_CHARS else title[: TITLE_CHARS - 1] + "…"
-        key = f"{next(self._numbers)}"
+        """Puts a trace on the shelf; the newest comes first. `changes`: what was done to the experts, kept in the title.
+
+        Raises UsageError for a trace too large to be drawn for one visitor among many."""
+        cells = len(trace) * trace.num_layers * len(trace.projections) * trace.num_experts
+        if cells > MAX_CELLS:
+            raise UsageError(
+                f"The record is too large for the page ({len(trace)} tokens). Use: python -m ming_app trace report FILE --out report.html",
+                f"该记录过大（{len(trace)} 个词元），无法在页面中显示。请使用：python -m ming_app trace report FILE --out report.html",
+            )
+        title = _cut(" ".join(title.split())) + (f" [{_cut(changes)}]" if changes else "")
+        key = uuid.uuid4().hex[:12]
         made = Exhibit(key, title, trace, None if messages is None else tuple(messages), answer)
         self.exhibits = [made, *self.exhibits][:MAX_EXHIBITS]
         return made
@@ -92,15 +108,15 @@ class Explorer:
         return current
 
     def choices(self) -> list[tuple[str, str]]:
-        """(title, key) of every exhibit, newest first; equal titles are numbered."""
+        """(title with its number of tokens, key) of every exhibit, newest first."""
         return [(f"{exhibit.title}  ·  {len(exhibit.trace)}", exhibit.key) for exhibit in self.exhibits]
 
     def look(self, key: str | None) -> None:
         """Chooses an exhibit and keeps layer and matrix where they exist."""
         self.chosen = key
         current = self.current
-        if current is not None and self.layer is not None and self.layer >= current.trace.num_layers:
-            self.layer = None
+        if current is not None and (self.layer is None or self.layer >= current.trace.num_layers):
+            self.layer = current.trace.num_layers // 2
 
     def payload(self) -> dict[str, Any]:
         """For the panel."""
@@ -124,7 +140,7 @@ class Explorer:
             return None
         trace = current.trace
         rows = trace.is_answer() if self.answers_only and trace.is_answer().any() else None
-        p, layer = self.projection, trace.num_layers // 2 if self.layer is None else self.layer
+        p, layer = self.projection, min(self.layer or 0, trace.num_layers - 1)
         match self.view:
             case "load":
                 return views.load_view(trace, lang, p, rows)
@@ -218,7 +234,7 @@ def contrast_view(found: Contrast, options: Sequence[tuple[str, float, float]], 
         "type": "bar",
         "x": list(range(len(rows))),
         "y": [row[-1] for row in rows],
-        "customdata": [[row[0], row[3], row[4]] for row in rows],
+        "customdata": [[escape(str(row[i])) for i in (0, 3, 4)] for row in rows],  # plotly reads it as HTML
         "hovertemplate": "%{customdata[0]}: %{y:.3f}<br>%{customdata[1]} → %{customdata[2]}<extra></extra>",
         "marker": {"color": views.PALETTE[0]},
     }
@@ -241,10 +257,18 @@ def contrast_view(found: Contrast, options: Sequence[tuple[str, float, float]], 
     )
 
 
-def selected(event: str) -> tuple[int, int]:
-    """(layer, projection) that the panel reports, as JSON."""
-    values = json.loads(event)
-    return int(values["layer"]), int(values["projection"])
+def selected(event: Any) -> tuple[int, int] | None:
+    """(layer, projection) that the panel reports, as JSON; None for anything else."""
+    try:
+        values = json.loads(event)
+        layer, projection = int(values["layer"]), int(values["projection"])
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
+    return (layer, projection) if layer >= 0 and 0 <= projection < len(PROJECTIONS) else None
+
+
+def _cut(title: str) -> str:
+    return title if len(title) <= TITLE_CHARS else title[: TITLE_CHARS - 1] + "…"
 
 
 def _share(logprob: float | None) -> float:

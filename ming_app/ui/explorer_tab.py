@@ -248,12 +248,14 @@ class ExplorerTab:
         if explorer.find(explorer.other) is None or (current and explorer.other == current.key):
             explorer.other = None
         last = current.trace.num_layers - 1 if current else 0
+        ranged = gr.update(value=last, maximum=last) if last != explorer.last_layer else gr.skip()
+        explorer.last_layer = last
         return [
             gr.update(choices=choices, value=current.key if current else None),
             gr.update(choices=others, value=explorer.other),
             explorer.payload(),
             gr.update(maximum=last),
-            gr.update(value=last, maximum=last),
+            ranged,
             explorer.view,
             *self._seen(session),
             "",
@@ -302,18 +304,21 @@ class ExplorerTab:
 
     def follow(self, session: Session, event: gr.EventData) -> list[Any]:
         """Layer and matrix were chosen in the panel."""
-        session.explorer.layer, session.explorer.projection = selected(event.value)
-        session.explorer.look(session.explorer.chosen)
+        chosen = selected(event.value)
+        if chosen is not None:
+            session.explorer.layer, session.explorer.projection = chosen
+            session.explorer.look(session.explorer.chosen)
         return self._seen(session)
 
     def look_closely(self, session: Session) -> list[Any]:
         """Reads the current record again with everything measured."""
+        explorer = session.explorer  # "New chat" may put another in its place meanwhile
         try:
-            current = session.explorer.need()
-            found = inspect(self._engine(), current.trace, _changes_of(current.trace))
-            session.explorer.replace(current, found)
-            if session.explorer.view == "load":
-                session.explorer.view = "contribution"
+            current = explorer.need()
+            found = inspect(self._engine(), current.trace, _changes_of(current.trace), cancel=_deadline())
+            explorer.replace(current, found)
+            if explorer.view == "load":
+                explorer.view = "contribution"
         except MingError as error:
             return [*[gr.skip()] * (len(self.everything) - 1), _refused(error, session.lang)]
         return self.refresh(session)
@@ -348,11 +353,12 @@ class ExplorerTab:
         """Asks the current answer's question twice, greedily: as it is and with the changes; streams the second."""
         skip = [gr.skip()] * 2
         try:
-            engine, current, changes = self._engine(), session.explorer.need(), self._asked(texts)
+            explorer = session.explorer
+            engine, current, changes = self._engine(), explorer.need(), self._asked(texts)
             if current.messages is None:
                 raise refusal("exp.no_question")
             plain = yield from self._greedy(
-                engine, current.messages, (), lambda text: [_working(text, "", session.lang), *skip, ""]
+                engine, current.messages, (), lambda text: [_working(session.lang), *skip, ""]
             )
             done = plain[1]
             changed = yield from self._greedy(
@@ -361,10 +367,9 @@ class ExplorerTab:
         except MingError as error:
             yield [gr.skip(), *skip, _refused(error, session.lang)]
             return
-        explorer = session.explorer
         explorer.chosen = current.key
         for (trace, text), named in ((plain, "greedy"), (changed, ", ".join(texts))):
-            made = explorer.add(f"{current.title} [{named}]", trace, current.messages, text)
+            made = explorer.add(current.title, trace, current.messages, text, named)
         explorer.other = made.key
         choices = explorer.choices()
         yield [
@@ -378,7 +383,7 @@ class ExplorerTab:
         """The same answer under the changes: how far the probabilities move."""
         try:
             engine, current, changes = self._engine(), session.explorer.need(), self._asked(texts)
-            found = contrast(engine, current.trace, changes)
+            found = contrast(engine, current.trace, changes, cancel=_deadline())
             view = contrast_view(found, self._options(engine, current, changes), session.lang)
         except MingError as error:
             return [*[gr.skip()] * 3, _refused(error, session.lang)]
@@ -441,10 +446,11 @@ class ExplorerTab:
     def _seen(self, session: Session) -> list[Any]:
         explorer, lang = session.explorer, session.lang
         kinds = explorer.group_choices(lang)
-        wanted = explorer.grouping or (kinds[0][1] if kinds else None)
+        offered = [kind for _, kind in kinds]
+        wanted = explorer.grouping if explorer.grouping in offered else next(iter(offered), None)
         current = explorer.current
-        alike = self._similarity(current) if explorer.view == "alike" and current else None
         try:
+            alike = self._similarity(current) if explorer.view == "alike" and current else None
             view = explorer.show(lang, alike)
             missing = explorer.missing(lang)
         except MingError as error:  # two traces of different shapes
@@ -464,6 +470,12 @@ class ExplorerTab:
 
     def _saver(self, kind: str) -> Callable[[Session], Any]:
         def save(session: Session) -> Any:
+            try:
+                return written_file(session)
+            except MingError as error:
+                raise gr.Error(error.message(session.lang), print_exception=False) from None
+
+        def written_file(session: Session) -> Any:
             current = session.explorer.need()
             folder = self.do.files.new()
             if kind in ("npz", "json"):
@@ -497,13 +509,22 @@ def _drawn(view: Any, missing: str, lang: str) -> list[Any]:
 
 
 def _changes_of(trace: RouterTrace) -> list[Intervention]:
-    return [parse_intervention(text) for text in trace.config.get("interventions", []) if isinstance(text, str)]
+    """What a trace says was changed. Raises UsageError when it says nonsense: it may come from anybody's file."""
+    texts = trace.config.get("interventions", [])
+    return [parse_intervention(text) for text in texts if isinstance(text, str)] if isinstance(texts, list) else []
 
 
-def _working(text: str, after: str, lang: str) -> str:
-    return (
-        answers_html(text, after, lang) if after else f'<p class="xp-hint" role="status">{t(lang, "exp.working")}</p>'
-    )
+def _deadline() -> threading.Event:
+    """An event that is set when a request has taken as long as one may."""
+    event = threading.Event()
+    timer = threading.Timer(DEADLINE, event.set)
+    timer.daemon = True
+    timer.start()
+    return event
+
+
+def _working(lang: str) -> str:
+    return f'<p class="xp-hint" role="status">{escape(t(lang, "exp.working"))}</p>'
 
 
 def _refused(error: MingError, lang: str) -> str:

@@ -80,13 +80,15 @@ def test_a_file_of_schema_1_is_read(tmp_path):
 
 
 def test_merged_traces_keep_their_texts_apart():
-    one, two = full(), make(3)
+    one, two = dataclasses.replace(full(), segments=()), make(3)
     merged = merge([(one, Segment(0, "a", {"language": "zh"})), (two, Segment(0, "b"))])
     assert merged.segments == (Segment(0, "a", {"language": "zh"}), Segment(6, "b"))
     assert np.array_equal(merged.experts, np.concatenate([one.experts, two.experts]))
     assert merged.pieces() == one.pieces() + [(text, [i + 6 for i in members]) for text, members in two.pieces()]
     assert merged.probabilities is None and merged.contributions is None  # the second did not record them
     assert merge([(one, Segment(0, "a"))] * 2).contributions.shape[0] == 12
+    nested = merge([(two, Segment(0, "b")), (full(), Segment(0, "left out"))])
+    assert [(s.start, s.title) for s in nested.segments] == [(0, "b"), (3, "first"), (5, "second")]
 
 
 def test_only_traces_of_one_model_are_merged():
@@ -215,6 +217,11 @@ def test_tampered_json_is_refused(tmp_path):
         {"tokens": good["tokens"][:-1] + [[1, "b", "answer", 0, None, [["x", 5]]]]},
         {"tokens": good["tokens"][:-1] + [[1, "b", "answer", 0, None, [["x", -1]] * 50]]},
         {"probabilities": [[[[1]]]]},
+        {"segments": [[0, "a", {"a/b": "x"}]]},
+        {"segments": [[0, "\ud800", {}]]},
+        {"model": "\ud800"},
+        {"experts": np.zeros_like(good["experts"]).tolist()},
+        {"experts": [[[[]]]] * 6, "weights": [[[[]]]] * 6},
     )
     for change in changes:
         path.write_text(json.dumps({**good, **change}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from ming_app.molora.trace import Segment
 from ming_app.router.compare import compare
 from ming_app.router.groups import Grouping, content_rows, groupings, token_class
 from ming_app.router.specialisation import js_divergence, specialisation, vocabulary
+from ming_app.router.statistics import choice_counts, coactivation
 
 WORDS = [f"w{i}" for i in range(300)]
 HALF = Grouping("half", ("first", "second"), (np.arange(300) >= 150).astype(int))
@@ -121,7 +123,6 @@ def test_planted_specialisation_is_found_and_measured() -> None:
     assert found.divergence == pytest.approx(np.ones((3, 3)))  # no expert in common: H(1/2, 1/2) = 1 bit
     assert found.largest == pytest.approx(1) and found.chance_high.max() < 0.1
     assert found.share[0, 0, 0] == pytest.approx([0.5, 0.5, 0, 0])
-    assert found.pairs == pytest.approx(np.array([[0, 1], [1, 0]]))
 
 
 def test_few_texts_do_not_prove_a_language() -> None:
@@ -142,17 +143,52 @@ def test_one_group_has_no_divergence() -> None:
     assert specialisation(trace_of(WORDS, even()), Grouping("x", ("a", "b"), np.zeros(300, int))) is None
 
 
+def test_a_token_s_own_habit_is_no_specialisation_of_its_group() -> None:
+    """Every distinct token has a random route of its own, and its group is decided by a coin: nothing to be found."""
+    texts = [f"w{i % 24}" for i in range(480)]
+    route = {i: np.random.default_rng(i).permutation(4) for i in range(24)}
+    of = np.random.default_rng(5).integers(0, 2, 24)[np.arange(480) % 24]
+    trace = trace_of(texts, lambda token, rng: route[token % 24], layers=6)
+    found = specialisation(trace, Grouping("coin", ("a", "b"), of))
+    assert found and not found.whole_texts and found.beyond_chance < 0.3
+
+
 def test_favourite_tokens_are_found() -> None:
-    texts = ["the", "drug"] * 60 + WORDS[:100]
+    texts = [word for i in range(60) for word in (f"x{i % 5}", "drug")] + WORDS[:100]
 
     def route(token: int, rng: np.random.Generator):
         return [3, 0, 1, 2] if token < 120 and token % 2 else rng.permutation(4)
 
-    favourites = vocabulary(trace_of(texts, route))
+    favourites = vocabulary(trace_of(texts, route), 1, 2)
     assert [f.text for f in favourites[3]] == ["drug"]
     found = favourites[3][0]
-    assert found.times == 60 and found.share == pytest.approx(1) and found.usual < 0.7
+    assert found.times == 60 and found.contexts == 5 and found.share == pytest.approx(1)
+    assert found.usual < 0.7 and found.lift == pytest.approx(1 / found.usual)
     assert "w5" not in {f.text for row in favourites for f in row}  # seen once
+    alone = vocabulary(trace_of(["the", "drug"] * 60, route), 1, 2)
+    assert not any(f.text == "drug" for row in alone for f in row)  # always after the same word
+
+
+def test_ranks_without_weight_are_no_choices() -> None:
+    one = trace_of(WORDS[:20], lambda token, rng: [0, 1, 2, 3], k=1)
+    weights = np.zeros((20, 3, 3, 2), np.float16)
+    weights[..., 0] = 1
+    padded = dataclasses.replace(trace_of(WORDS[:20], lambda token, rng: [0, 1, 2, 3]), weights=weights)
+    assert np.array_equal(choice_counts(padded), choice_counts(one))
+    assert coactivation(padded)[0, 0, 0].tolist() == [1, 0, 0, 0]
+    assert compare(padded, one).same == 1
+    two = compare(trace_of(WORDS[:20], lambda token, rng: [0, 1, 2, 3]), one)
+    assert two.same == 0 and two.overlap.max() == 0.5
+
+
+def test_long_texts_are_aligned_quickly() -> None:
+    a, b = (
+        trace_of(["q", *["x", "y"] * 900, "z"], even(), layers=1),
+        trace_of(["q", *["y", "x"] * 900, "z"], even(), layers=1),
+    )
+    ids = {"q": 0, "x": 1, "y": 2, "z": 3}
+    b = dataclasses.replace(b, tokens=tuple(dataclasses.replace(t, id=ids[t.text]) for t in b.tokens))
+    assert compare(a, b).pairs.tolist() == [[0, 0], [1801, 1801]]  # too long between: what both begin and end with
 
 
 def test_comparison_of_the_same_tokens() -> None:
@@ -169,8 +205,6 @@ def test_comparison_of_the_same_tokens() -> None:
 def test_comparison_of_different_texts() -> None:
     a, b = trace_of(["q", "x", "y", "z"], even()), trace_of(["q", "y", "z", "end"], even())
     ids = {"q": 0, "x": 1, "y": 2, "z": 3, "end": 4}
-    import dataclasses
-
     b = dataclasses.replace(b, tokens=tuple(dataclasses.replace(t, id=ids[t.text]) for t in b.tokens))
     found = compare(a, b)
     assert found.pairs.tolist() == [[0, 0], [2, 1], [3, 2]] and (found.only_a, found.only_b) == (1, 1)

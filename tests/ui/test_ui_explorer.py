@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gradio as gr
+import numpy as np
 import plotly.graph_objects as go
 import pytest
 
@@ -14,10 +17,12 @@ from ming_app.engine.prompt import ChatTokenizer
 from ming_app.engine.types import EngineInfo, SamplingParams
 from ming_app.models.load import load_torch_model
 from ming_app.molora.checkpoint import save_adapter
+from ming_app.molora.trace import RouterTrace, Segment, TraceToken
+from ming_app.router.report import report_views
 from ming_app.settings import Settings
 from ming_app.ui import chat
 from ming_app.ui.chat import Session
-from ming_app.ui.explorer import VIEWS, answers_html
+from ming_app.ui.explorer import VIEWS, Explorer, answers_html, heading_html, table_html
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.page import Page
 from tests.tiny import make_adapter, write_base
@@ -151,3 +156,51 @@ def test_answers_side_by_side_are_escaped_and_marked() -> None:
         "a<x", "a&x", "en"
     )
     assert "<mark>" not in answers_html("same", "same", "en")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers", "experts", "k", "answers"),
+    [(1, 1, 1, 1, 0), (1, 1, 1, 1, 1), (3, 1, 64, 64, 2), (4, 12, 2, 1, 4), (30, 3, 8, 3, 10)],
+)
+def test_any_valid_record_can_be_looked_at(tokens: int, layers: int, experts: int, k: int, answers: int) -> None:
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((tokens, layers, 3, experts)), -1)[..., :k].astype(np.uint8)
+    rows = tuple(
+        TraceToken(i % 7, "<b>" if i % 2 else "", "answer" if i >= tokens - answers else "prompt", i // 2)
+        for i in range(tokens)
+    )
+    segments = tuple(Segment(i, "<i>", {"stream": f"<a href=x>{i}"}) for i in range(min(tokens, 3)))
+    trace = RouterTrace(ids, np.full(ids.shape, 1 / k, np.float16), rows, experts, segments=segments)
+    explorer = Explorer(layer=99, projection=2)
+    explorer.add("x", trace)
+    other = explorer.add("y", trace)
+    explorer.other = explorer.exhibits[1].key
+    for explorer.view in VIEWS:
+        for explorer.grouping in ("stream", "nonsense"):
+            view = explorer.show("en", np.zeros((layers, 3, experts, experts), np.float32))
+            html = heading_html(view, explorer.missing("en")) + table_html(view, "en")
+            assert "<b>" not in html and "<a href" not in html
+            if view and view.figure:
+                assert "<a href" not in go.Figure(view.figure).to_json()
+    assert explorer.current is other and report_views(trace, "zh")
+
+
+def test_what_cannot_be_drawn_is_refused(tab, session: Session, tmp_path: Path) -> None:
+    large = np.broadcast_to(np.arange(2, dtype=np.uint8), (9000, 28, 3, 2))
+    tokens = tuple(TraceToken(1, "x", "prompt", i) for i in range(9000))
+    path = RouterTrace(large, np.full(large.shape, 0.5, np.float16), tokens, 64).save(tmp_path / "large.npz")
+    assert "too large for the page" in tab.open(session, str(path))[-1]
+    nonsense = replace(session.trace, config={"interventions": ["ban:" + "9" * 5000]})
+    session.explorer.chosen = session.explorer.add("nonsense", nonsense).key
+    assert "not an intervention" in tab.look_closely(session)[-1]
+    session.explorer.chosen = session.explorer.add("odd", replace(session.trace, config={"interventions": 5})).key
+    assert tab.look_closely(session)[-1] == ""
+    foreign = replace(session.trace, tokens=tuple(replace(token, text="y") for token in session.trace.tokens))
+    session.explorer.chosen = session.explorer.add("foreign", foreign).key
+    assert "another tokenizer" in tab.look_closely(session)[-1]
+    before = tab.redraw(session, "groups", "language", True, None)
+    assert before[0]["value"] in [kind for _, kind in before[0]["choices"]]  # it has no languages
+    tab.follow(session, SimpleNamespace(value="[1e999"))
+    chat.clear(session)
+    with pytest.raises(gr.Error, match="no routing record"):
+        tab._saver("csv")(session)

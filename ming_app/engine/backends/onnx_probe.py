@@ -121,10 +121,18 @@ class ProbeGraph(DecoderGraph):
         def crossed() -> np.ndarray:
             return np.concatenate([b().T @ base for b, base in zip(stacked, weights(), strict=True)])
 
-        c = w.linear(f"{name}.C", x, crossed, self.recipe.rank)
+        projections = PROJECTIONS[:2] if slots > 1 else PROJECTIONS[2:]
+        biases = [self._bias(f"model.layers.{layer}.mlp.{p}_proj") for p in projections]
+        offsets = None
+        if any(bias is not None for bias in biases):
+            parts = [
+                np.zeros(ranks.size) if bias is None else b().T @ bias for b, bias in zip(stacked, biases, strict=True)
+            ]
+            offsets = np.concatenate(parts).astype(np.float32)
+        c = w.linear(f"{name}.C", x, crossed, self.recipe.rank, offsets)
         h_parts, c_parts = self._slots(f"{name}.A", slots), self._slots(c, slots)
         spread = ranks.spread(1)[0]
-        to_experts = w.constant(f"gather_ranks.{ranks.size}", spread.T)  # (size, E)
+        to_experts = w.constant(f"gather_ranks.{slots}.{ranks.size}", spread.T)  # (size, E)
         last = w.constant("last_axis", np.array([-1], np.int64))
         bases, deltas = [], []
         for slot, output in enumerate(outputs):
