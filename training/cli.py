@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--skip-base", action="store_true", help="measure the adapter only")
     evaluate.add_argument(
         "--precision",
-        help="of the served engine; exams are then measured on it too (default: exams and loss on the base in bf16 as in"
+        help="of the served engine; exams are then measured on it too (default: exams and loss on the base as in"
         " training, answers by the engine in its usual precision)",
     )
     evaluate.add_argument("--out", help="folder for evaluation.json, report.md and report.html")
