@@ -72,6 +72,13 @@ def test_an_answer_opens_and_its_views_follow_the_panel(serve: Any, visit: Any, 
     assert "How the experts of Fake model route" in Path(download.value.path()).read_text(encoding="utf-8")
     v.page.check("#ming-explorer-panel .xp-agree input")
     assert "Of up and down" in v.text("#ming-explorer-panel .xp-map-hint")
+    v.page.click("#ming-example")
+    v.page.wait_for_function(
+        "document.querySelector('#ming-explorer-panel .xp-counts').innerText.includes('28 layers')"
+    )
+    assert v.page.is_checked("#ming-explorer-panel .xp-prompt input")
+    v.page.locator(".m-open").first.evaluate("button => button.click()")
+    v.page.wait_for_function("document.querySelector('#ming-explorer-panel .xp-counts').innerText.includes('5 layers')")
     view(v, "together")
     heading(v, "Which experts are chosen together")
     v.page.fill("#ming-explorer-panel .xp-layer input", "4")
@@ -138,6 +145,7 @@ def test_a_report_opens_by_itself(chromium: Any, tiny: Engine, tmp_path: Path) -
     page.wait_for_selector(".xp-tok:not(.xp-q)")
     assert page.locator(".xp-tok:visible").count() == len(trace.pieces())  # several texts: the questions are shown too
     assert page.locator(".r-plot .plot-container").count() == page.locator(".r-plot").count() > 6
+    assert page.is_checked(".xp-prompt input")
     note = page.inner_text("#together .r-note")
     page.select_option("#together select", "4")
     assert page.inner_text("#together .r-note") != note

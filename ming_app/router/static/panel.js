@@ -291,7 +291,7 @@ function update() {
     if (!view.settled || view.layer >= payload.layers) view.layer = payload.layers >> 1; // the middle, until someone chooses
     view.settled = payload.layers > 0;
     view.token = null;
-    if (trace.mixed && !view.prompt) $(".xp-prompt input").click(); // there is no one answer to show alone
+    if (trace.mixed) withQuestion(true); // there is no one answer to show alone
     map.follow = true;
     map.box.scrollLeft = 0;
     frame();
@@ -303,6 +303,11 @@ function update() {
   load();
   table(false);
   map.layout();
+}
+
+function withQuestion(on) {
+  view.prompt = $(".xp-prompt input").checked = on;
+  $(".xp").classList.toggle("xp-with-question", on);
 }
 
 function speak() {
@@ -320,8 +325,7 @@ element.querySelectorAll(".xp-seg input").forEach((input) => {
 });
 $(".xp-layer input").oninput = (event) => { view.layer = +event.target.value; lookAnew(); };
 $(".xp-prompt input").onchange = (event) => {
-  view.prompt = event.target.checked;
-  element.querySelector(".xp").classList.toggle("xp-with-question", view.prompt);
+  withQuestion(event.target.checked);
   map.layout();
   load();
   table(true);
