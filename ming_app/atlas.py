@@ -78,15 +78,15 @@ def trace_texts(
     return merge(found)
 
 
-def write_atlas(trace: RouterTrace, folder: Path, lang: str, adapter: Path | None, notes: tuple[str, ...] = ()) -> Path:
+def write_atlas(trace: RouterTrace, folder: Path, lang: str, adapter: Path | None) -> Path:
     """Writes trace, report and tables; gives the report. `adapter`: folder of the experts, for how alike they are."""
     from ming_app.molora.similarity import similarity_of
-    from ming_app.router.report import report_html, report_views, texts_table
+    from ming_app.router.report import report_html, report_views, texts_table, whole_table
 
     found = report_views(trace, lang, similarity_of(adapter) if adapter is not None else None)
-    tables = {name: variants[0][1].table for name, variants in found.items()}
+    tables = {name: whole_table(variants) for name, variants in found.items()}
     files = {f"{name}.csv": table.to_csv() for name, table in {**tables, "texts": texts_table(trace, lang)}.items()}
-    files["report.html"] = report_html(trace, lang, found, notes)
+    files["report.html"] = report_html(trace, lang, found)
     trace.save(folder / "trace.npz")
     for name, content in files.items():
         partial = folder / f"{name}.partial"

@@ -131,6 +131,10 @@ def test_report_and_tables(engine: Engine, tmp_path: Path) -> None:
             rows = list(csv.reader(file))
         assert name == "vocabulary" or len(rows) > 1, name
         assert name == "texts" or f'id="{name}"' in page
+        if name in ("load", "contribution", "specialisation-language", "together", "alike", "flow"):
+            cells = {tuple(row[:2]) for row in rows[1:]}
+            layers = 1 if name == "flow" else 2
+            assert cells == {(str(layer), p) for layer in range(layers) for p in ("gate", "up", "down")}, name
     assert len(RouterTrace.load(tmp_path / "trace.npz")) == len(trace)
     assert not list(tmp_path.glob("*.partial"))
 

@@ -23,6 +23,7 @@ from ming_app.molora.trace import RouterTrace, TraceToken
 
 CHUNK = 64  # tokens per call: [CHUNK, V] float32 logits are held twice at most
 OTHERS = 5
+LETTER_PREFIX = {"zh": "答案：", "en": "Answer:"}  # what an exam answer begins with, as the adapters were trained
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,23 @@ def contrast(
     at = np.flatnonzero(trace.is_answer())
     # the distribution a token was drawn from is that after the token before it; a trace never begins with an answer
     return Contrast(plain.trace(), changed.trace(), np.concatenate(divergence)[at - 1].astype(np.float32))
+
+
+def option_probabilities(
+    engine: Engine, question: Sequence[Message], letters: Sequence[str], interventions: Sequence[Intervention]
+) -> list[tuple[str, float, float]]:
+    """(letter, probability plain, changed) of every option of an exam question; probabilities add up to 1 over them."""
+    if not question or not letters:
+        return []
+    lang = "zh" if any("\u4e00" <= c <= "\u9fff" for c in question[-1].content) else "en"
+    prefix = [*question, Message("assistant", LETTER_PREFIX[lang])]
+    texts = [letter if lang == "zh" else f" {letter}" for letter in letters]
+    shares = []
+    for asked in ((), interventions):
+        logs = np.array(engine.score(prefix, texts, asked))
+        odds = np.exp(logs - logs.max())
+        shares.append(odds / odds.sum())
+    return [(letter, float(a), float(b)) for letter, a, b in zip(letters, *shares, strict=True)]
 
 
 def _ids(engine: Engine, trace: RouterTrace) -> np.ndarray:

@@ -16,7 +16,8 @@ from ming_app.molora.trace import RouterTrace
 from ming_app.router import panel, views
 from ming_app.router.groups import groupings
 from ming_app.router.payload import trace_payload
-from ming_app.router.statistics import coactivation
+from ming_app.router.specialisation import specialisation
+from ming_app.router.statistics import coactivation, load
 from ming_app.router.views import FLOW_LAYERS, Table, View, Where
 from ming_app.router.words import name_of, panel_words, say
 
@@ -68,16 +69,18 @@ def report_views(
         if view is not None:
             found.setdefault(view.name, []).append((choice, view))
 
+    shares = load(trace)
     for p, matrix in matrices:
-        put(matrix, views.load_view(trace, lang, p))
+        put(matrix, views.load_view(trace, lang, p, found=shares))
     for p, matrix in matrices:
         put(matrix, views.contribution_view(trace, lang, p))
     for grouping in groupings(trace):
+        apart = specialisation(trace, grouping)
         for p, matrix in matrices:
-            put(matrix, views.specialisation_view(trace, lang, grouping, p, trace.num_layers // 2))
+            put(matrix, views.specialisation_view(trace, lang, grouping, p, trace.num_layers // 2, apart))
     put(say(lang, "scope.all"), views.vocabulary_view(trace, lang))
-    together = coactivation(trace)
     if trace.top_k > 1:
+        together = coactivation(trace)
         for layer, p in np.ndindex(trace.num_layers, len(matrices)):
             put(Where(layer, p).text(lang, trace), views.together_view(trace, lang, layer, p, found=together))
     if trace.num_layers > 1:
@@ -90,6 +93,12 @@ def report_views(
         for layer, p in np.ndindex(trace.num_layers, len(matrices)):
             put(Where(layer, p).text(lang, trace), views.alike_view(similarity, trace, lang, layer, p))
     return found
+
+
+def whole_table(variants: list[tuple[str, View]]) -> Table:
+    """The rows of all choices of a view, each once."""
+    rows = dict.fromkeys(row for _, view in variants for row in view.table.rows)
+    return Table(variants[0][1].table.columns, list(rows))
 
 
 def texts_table(trace: RouterTrace, lang: str) -> Table:
@@ -105,10 +114,8 @@ def texts_table(trace: RouterTrace, lang: str) -> Table:
     )
 
 
-def report_html(
-    trace: RouterTrace, lang: str, found: dict[str, list[tuple[str, View]]], notes: tuple[str, ...] = ()
-) -> str:
-    """The page. `found` is `report_views`'; `notes` are further paragraphs under the title."""
+def report_html(trace: RouterTrace, lang: str, found: dict[str, list[tuple[str, View]]]) -> str:
+    """The page. `found` is `report_views`'."""
     from plotly.offline import get_plotlyjs
 
     facts = say(
@@ -122,7 +129,6 @@ def report_html(
         precision=trace.config.get("precision", "?"),
     )
     title = say(lang, "report.title", model=trace.model or "MING-MOE")
-    paragraphs = "".join(f"<p>{escape(text)}</p>" for text in (facts, *notes))
     shown = len(trace) <= MAX_PANEL_TOKENS
     data = {
         "views": {
@@ -139,7 +145,7 @@ def report_html(
 <html lang="{"zh-CN" if lang.startswith("zh") else "en"}">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>
 <style>{panel.style()}{STYLE}</style><script>{get_plotlyjs()}</script></head>
-<body><main><h1>{escape(title)}</h1>{paragraphs}<p class="r-caution">{escape(say(lang, "caution"))}</p>{texts}
+<body><main><h1>{escape(title)}</h1><p>{escape(facts)}</p><p class="r-caution">{escape(say(lang, "caution"))}</p>{texts}
 {panel_card}{cards}</main>
 <script type="application/json" id="data">{_inside_script(data)}</script><script>{script}</script></body></html>
 """
@@ -150,7 +156,7 @@ def _card(name: str, variants: list[tuple[str, View]], lang: str) -> str:
     options = "".join(f'<option value="{i}">{escape(choice)}</option>' for i, (choice, _) in enumerate(variants))
     choice = f"<label>{escape(say(lang, 'matrix'))}<select>{options}</select></label>" if len(variants) > 1 else ""
     plot = '<div class="r-plot"></div>' if view.figure else ""
-    table = _table(view.table, say(lang, "table"), unfolded=view.figure is None)
+    table = _table(whole_table(variants), say(lang, "table"), unfolded=view.figure is None)
     return f'<section class="r-card xv" id="{escape(name)}"><h3>{escape(view.title)}</h3><p class="r-note"></p>{choice}{plot}{table}</section>'
 
 

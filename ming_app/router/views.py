@@ -19,7 +19,7 @@ from ming_app.molora.trace import RouterTrace
 from ming_app.router.compare import Comparison
 from ming_app.router.groups import Grouping
 from ming_app.router.specialisation import CONTEXTS, LIFT, RATE, SEEN, Specialisation, specialisation, vocabulary
-from ming_app.router.statistics import coactivation, flow, load
+from ming_app.router.statistics import Load, coactivation, flow, load
 from ming_app.router.words import name_of, percent, say
 
 PALETTE = ("#4a90d9", "#e69f00", "#12a37c", "#d677ad", "#e0cf3a", "#d55e00", "#7fc6ee", "#8a8f98")
@@ -87,9 +87,16 @@ class Where:
         return say(lang, "scope.layer", layer=self.layer, matrix=matrix)
 
 
-def load_view(trace: RouterTrace, lang: str, projection: int = 0, rows: np.ndarray | None = None) -> View:
-    """Share of every expert in every layer of one projection, against chance; entropy and Gini in the table."""
-    found, E = load(trace, rows), trace.num_experts
+def load_view(
+    trace: RouterTrace,
+    lang: str,
+    projection: int = 0,
+    rows: np.ndarray | None = None,
+    found: Load | None = None,
+) -> View:
+    """Share of every expert in every layer of one projection, against chance; entropy and Gini in the table. `found`:
+    `load`, where it is known."""
+    found, E = found or load(trace, rows), trace.num_experts
     share = found.share[:, projection]
     outside = (share < found.low[:, projection]) | (share > found.high[:, projection])
     marks = np.where(outside, "•", "").tolist()
@@ -130,11 +137,16 @@ def load_view(trace: RouterTrace, lang: str, projection: int = 0, rows: np.ndarr
 
 
 def specialisation_view(
-    trace: RouterTrace, lang: str, grouping: Grouping, projection: int = 0, layer: int = 0
+    trace: RouterTrace,
+    lang: str,
+    grouping: Grouping,
+    projection: int = 0,
+    layer: int = 0,
+    found: Specialisation | None = None,
 ) -> View | None:
     """Divergence of a grouping by layer, with the band of shuffled labels, over the groups' shares in one layer; None when
-    fewer than two groups have tokens."""
-    found = specialisation(trace, grouping)
+    fewer than two groups have tokens. `found`: `specialisation`, where it is known."""
+    found = found or specialisation(trace, grouping)
     if found is None:
         return None
     layers = list(range(trace.num_layers))
@@ -284,8 +296,9 @@ def flow_view(trace: RouterTrace, lang: str, projection: int, first: int = 0, ro
             "hovertemplate": "%{source.label} → %{target.label}: %{value}<extra></extra>",
         },
     }
-    table = [(layer, i, j, int(counts[layer, i, j])) for layer, i, j in np.ndindex(*counts.shape)]
-    columns = (*_columns(lang, "layer", "from", "to"), say(lang, "tokens"))
+    matrix = trace.projections[projection]
+    table = [(layer, matrix, i, j, int(counts[layer, i, j])) for layer, i, j in np.ndindex(*counts.shape)]
+    columns = (*_columns(lang, "layer", "matrix", "from", "to"), say(lang, "tokens"))
     note = say(lang, "flow.note", first=first, last=last, matrix=trace.projections[projection])
     figure = {"data": [sankey], "layout": layout(360)}
     return View("flow", say(lang, "flow.title"), note, figure, Table(columns, table))

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
+from ming_app.ui.text import t
+
 C = TypeVar("C")
 Words = Callable[[str], dict[str, Any]]
 """language -> the constructor arguments that carry text, e.g. {"label": ..., "placeholder": ...}"""
@@ -33,3 +35,13 @@ class Bilingual:
     def updates(self, lang: str) -> list[Any]:
         """One update for each of `components`."""
         return [gr.update(**words(lang)) for _, words in self._parts]
+
+
+def valued(key: str) -> Words:
+    """Words of a component whose value is the text of `key`."""
+    return lambda lang: {"value": t(lang, key)}
+
+
+def labelled(key: str) -> Words:
+    """Words of a component whose label is the text of `key`."""
+    return lambda lang: {"label": t(lang, key)}

@@ -111,6 +111,11 @@ class Explorer:
         """(title with its number of tokens, key) of every exhibit, newest first."""
         return [(f"{exhibit.title}  ·  {len(exhibit.trace)}", exhibit.key) for exhibit in self.exhibits]
 
+    def others(self) -> list[tuple[str, str]]:
+        """The choices to compare the current exhibit with."""
+        current = self.current
+        return [choice for choice in self.choices() if current is None or choice[1] != current.key]
+
     def look(self, key: str | None) -> None:
         """Chooses an exhibit and keeps layer and matrix where they exist."""
         self.chosen = key

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from ming_app.engine.inspection import contrast, inspect
+from ming_app.engine.inspection import contrast, inspect, option_probabilities
 from ming_app.engine.interventions import compile_interventions, parse_intervention, written
 from ming_app.engine.types import Finish, Intervention, Message, SamplingParams, Token
 from ming_app.errors import MingError, UsageError
@@ -22,8 +22,8 @@ from ming_app.molora.config import PROJECTIONS
 from ming_app.molora.trace import RouterTrace
 from ming_app.router.groups import option_letters
 from ming_app.router.report import report_html, report_views
-from ming_app.ui import experts
-from ming_app.ui.bilingual import Bilingual
+from ming_app.ui import experts, render
+from ming_app.ui.bilingual import Bilingual, labelled, valued
 from ming_app.ui.chat import Session
 from ming_app.ui.explorer import VIEWS, Exhibit, answers_html, contrast_view, heading_html, selected, table_html
 from ming_app.ui.handlers import DEADLINE, Handlers
@@ -39,7 +39,6 @@ QUEUED: dict[str, Any] = {
 }
 EXAMPLE = Path(__file__).parents[2] / "examples" / "atlas" / "trace.npz"
 NUMBERED = ("ban", "force", "k")  # changes that need a number
-LETTER_PREFIX = {"zh": "答案：", "en": "Answer:"}
 ANSWER_TOKENS = 400  # of an answer made again
 
 
@@ -70,15 +69,11 @@ class ExplorerTab:
     def _sources(self) -> None:
         words = self.words
         with gr.Row(elem_id="ming-explorer-sources"):
-            self.source = words(
-                gr.Dropdown, lambda lang: {"label": t(lang, "exp.source")}, choices=[], interactive=True, min_width=260
-            )
-            self.other = words(
-                gr.Dropdown, lambda lang: {"label": t(lang, "exp.other")}, choices=[], interactive=True, min_width=200
-            )
+            self.source = words(gr.Dropdown, labelled("exp.source"), choices=[], interactive=True, min_width=260)
+            self.other = words(gr.Dropdown, labelled("exp.other"), choices=[], interactive=True, min_width=200)
             self.upload = words(
                 gr.UploadButton,
-                lambda lang: {"label": t(lang, "exp.open_file")},
+                labelled("exp.open_file"),
                 file_types=[".npz", ".json"],
                 size="sm",
                 elem_classes="m-quiet",
@@ -86,7 +81,7 @@ class ExplorerTab:
             )
             self.example = words(
                 gr.Button,
-                _worded("exp.example"),
+                valued("exp.example"),
                 size="sm",
                 elem_classes="m-quiet",
                 elem_id="ming-example",
@@ -94,7 +89,7 @@ class ExplorerTab:
             )
             self.measure = words(
                 gr.Button,
-                lambda lang: {"value": t(lang, "exp.measure")},
+                valued("exp.measure"),
                 size="sm",
                 variant="primary",
                 elem_id="ming-measure",
@@ -118,18 +113,18 @@ class ExplorerTab:
         with gr.Row(elem_id="ming-view-options"):
             self.grouping = words(
                 gr.Dropdown,
-                lambda lang: {"label": t(lang, "exp.grouping")},
+                labelled("exp.grouping"),
                 choices=[],
                 interactive=True,
                 visible=False,
             )
-            self.answers_only = words(gr.Checkbox, lambda lang: {"label": t(lang, "exp.answers_only")}, value=True)
+            self.answers_only = words(gr.Checkbox, labelled("exp.answers_only"), value=True)
         self.heading = gr.HTML("", apply_default_css=False)
         self.plot = gr.Plot(show_label=False, elem_id="ming-plot", visible=False)
         self.detail = gr.HTML("", apply_default_css=False, elem_id="ming-view-detail")
         with gr.Row(elem_id="ming-view-save"):
             self.saves = {
-                kind: words(gr.Button, _worded(key), size="sm", elem_classes="m-quiet", elem_id=f"ming-explorer-{kind}")
+                kind: words(gr.Button, valued(key), size="sm", elem_classes="m-quiet", elem_id=f"ming-explorer-{kind}")
                 for kind, key in (
                     ("html", "exp.download_html"),
                     ("csv", "exp.download_csv"),
@@ -141,7 +136,7 @@ class ExplorerTab:
 
     def _changes(self) -> None:
         words = self.words
-        with words(gr.Accordion, lambda lang: {"label": t(lang, "exp.change")}, open=False, elem_id="ming-changes"):
+        with words(gr.Accordion, labelled("exp.change"), open=False, elem_id="ming-changes"):
             words(
                 gr.HTML,
                 lambda lang: {"value": f'<p class="xp-hint">{t(lang, "exp.change_info")}</p>'},
@@ -158,37 +153,37 @@ class ExplorerTab:
                     min_width=170,
                     elem_id="ming-kind",
                 )
-                self.value = words(gr.Number, _label("exp.value"), value=0, precision=0, minimum=0, min_width=90)
-                self.first = words(gr.Number, _label("exp.first"), value=0, precision=0, minimum=0, min_width=90)
-                self.last = words(gr.Number, _label("exp.last"), value=0, precision=0, minimum=0, min_width=90)
+                self.value = words(gr.Number, labelled("exp.value"), value=0, precision=0, minimum=0, min_width=90)
+                self.first = words(gr.Number, labelled("exp.first"), value=0, precision=0, minimum=0, min_width=90)
+                self.last = words(gr.Number, labelled("exp.last"), value=0, precision=0, minimum=0, min_width=90)
                 self.matrices = words(
                     gr.CheckboxGroup,
-                    _label("exp.matrices"),
+                    labelled("exp.matrices"),
                     choices=list(PROJECTIONS),
                     value=list(PROJECTIONS),
                     min_width=170,
                 )
             self.add = words(
                 gr.Button,
-                lambda lang: {"value": t(lang, "exp.add")},
+                valued("exp.add"),
                 size="sm",
                 elem_classes="m-quiet",
                 elem_id="ming-add-change",
             )
             self.changes = words(
-                gr.CheckboxGroup, _label("exp.list"), choices=[], value=[], visible=False, elem_id="ming-change-list"
+                gr.CheckboxGroup, labelled("exp.list"), choices=[], value=[], visible=False, elem_id="ming-change-list"
             )
             with gr.Row():
                 self.answer = words(
                     gr.Button,
-                    lambda lang: {"value": t(lang, "exp.answer")},
+                    valued("exp.answer"),
                     variant="primary",
                     size="sm",
                     elem_id="ming-reanswer",
                 )
                 self.reread = words(
                     gr.Button,
-                    lambda lang: {"value": t(lang, "exp.reread")},
+                    valued("exp.reread"),
                     size="sm",
                     elem_classes="m-quiet",
                     elem_id="ming-reread",
@@ -244,7 +239,6 @@ class ExplorerTab:
         explorer, current = session.explorer, session.explorer.current
         explorer.look(current.key if current else None)
         choices = explorer.choices()
-        others = [choice for choice in choices if current is None or choice[1] != current.key]
         if explorer.find(explorer.other) is None or (current and explorer.other == current.key):
             explorer.other = None
         last = current.trace.num_layers - 1 if current else 0
@@ -252,7 +246,7 @@ class ExplorerTab:
         explorer.last_layer = last
         return [
             gr.update(choices=choices, value=current.key if current else None),
-            gr.update(choices=others, value=explorer.other),
+            gr.update(choices=explorer.others(), value=explorer.other),
             explorer.payload(),
             gr.update(maximum=last),
             ranged,
@@ -287,7 +281,7 @@ class ExplorerTab:
                 raise UsageError("The record holds no tokens.", "该记录中没有词元。")
             made = session.explorer.add(title or Path(path).name, trace)
         except MingError as error:
-            return [*[gr.skip()] * (len(self.everything) - 1), _refused(error, session.lang)]
+            return [*[gr.skip()] * (len(self.everything) - 1), render.alert(error.message(session.lang))]
         return self.choose(session, made.key)
 
     def redraw(
@@ -320,7 +314,7 @@ class ExplorerTab:
             if explorer.view == "load":
                 explorer.view = "contribution"
         except MingError as error:
-            return [*[gr.skip()] * (len(self.everything) - 1), _refused(error, session.lang)]
+            return [*[gr.skip()] * (len(self.everything) - 1), render.alert(error.message(session.lang))]
         return self.refresh(session)
 
     def add_change(
@@ -346,7 +340,7 @@ class ExplorerTab:
             texts = [*dict.fromkeys([*chosen, written(made)])]
             compile_interventions([parse_intervention(x) for x in texts], info.num_layers, info.num_experts, info.top_k)
         except MingError as error:
-            return [gr.skip(), _refused(error, session.lang)]
+            return [gr.skip(), render.alert(error.message(session.lang))]
         return [gr.update(choices=texts, value=texts, visible=True), ""]
 
     def answer_again(self, session: Session, texts: list[str]) -> Iterator[list[Any]]:
@@ -365,7 +359,7 @@ class ExplorerTab:
                 engine, current.messages, changes, lambda text: [answers_html(done, text, session.lang), *skip, ""]
             )
         except MingError as error:
-            yield [gr.skip(), *skip, _refused(error, session.lang)]
+            yield [gr.skip(), *skip, render.alert(error.message(session.lang))]
             return
         explorer.chosen = current.key
         for (trace, text), named in ((plain, "greedy"), (changed, ", ".join(texts))):
@@ -375,7 +369,7 @@ class ExplorerTab:
         yield [
             answers_html(plain[1], changed[1], session.lang),
             gr.update(choices=choices, value=current.key),
-            gr.update(choices=[choice for choice in choices if choice[1] != current.key], value=made.key),
+            gr.update(choices=explorer.others(), value=made.key),
             "",
         ]
 
@@ -384,9 +378,11 @@ class ExplorerTab:
         try:
             engine, current, changes = self._engine(), session.explorer.need(), self._asked(texts)
             found = contrast(engine, current.trace, changes, cancel=_deadline())
-            view = contrast_view(found, self._options(engine, current, changes), session.lang)
+            letters = option_letters(current.messages[-1].content) if current.messages else []
+            options = option_probabilities(engine, current.messages or (), letters, changes)
+            view = contrast_view(found, options, session.lang)
         except MingError as error:
-            return [*[gr.skip()] * 3, _refused(error, session.lang)]
+            return [*[gr.skip()] * 3, render.alert(error.message(session.lang))]
         return [*_drawn(view, "", session.lang), ""]
 
     # -- pieces --------------------------------------------------------------------------------------------------
@@ -424,24 +420,6 @@ class ExplorerTab:
         if trace is None:
             raise refusal("refuse.no_trace")
         return trace, text
-
-    def _options(
-        self, engine: Any, current: Exhibit, changes: tuple[Intervention, ...]
-    ) -> list[tuple[str, float, float]]:
-        """(letter, probability before, after) when the question lists options."""
-        letters = option_letters(current.messages[-1].content) if current.messages else []
-        if len(letters) < 2:
-            return []
-        assert current.messages is not None
-        lang = "zh" if any("\u4e00" <= c <= "\u9fff" for c in current.messages[-1].content) else "en"
-        prefix = [*current.messages, Message("assistant", LETTER_PREFIX[lang])]
-        texts = [letter if lang == "zh" else f" {letter}" for letter in letters]
-        shares = []
-        for asked in ((), changes):
-            logs = np.array(engine.score(prefix, texts, asked))
-            odds = np.exp(logs - logs.max())
-            shares.append(odds / odds.sum())
-        return [(letter, float(a), float(b)) for letter, a, b in zip(letters, *shares, strict=True)]
 
     def _seen(self, session: Session) -> list[Any]:
         explorer, lang = session.explorer, session.lang
@@ -525,15 +503,3 @@ def _deadline() -> threading.Event:
 
 def _working(lang: str) -> str:
     return f'<p class="xp-hint" role="status">{escape(t(lang, "exp.working"))}</p>'
-
-
-def _refused(error: MingError, lang: str) -> str:
-    return f'<div class="m-notice m-bad" role="alert">{escape(error.message(lang))}</div>'
-
-
-def _worded(key: str) -> Callable[[str], dict[str, Any]]:
-    return lambda lang: {"value": t(lang, key)}
-
-
-def _label(key: str) -> Callable[[str], dict[str, Any]]:
-    return lambda lang: {"label": t(lang, key)}

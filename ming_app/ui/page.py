@@ -17,7 +17,7 @@ from ming_app.engine.types import SamplingParams
 from ming_app.settings import Settings
 from ming_app.ui import chat, experts, render
 from ming_app.ui.about import about
-from ming_app.ui.bilingual import Bilingual
+from ming_app.ui.bilingual import Bilingual, valued
 from ming_app.ui.chat import MAX_CHARS, Session
 from ming_app.ui.explorer_tab import ExplorerTab
 from ming_app.ui.handlers import Handlers
@@ -220,7 +220,7 @@ class Page:
             self.saves = {
                 kind: words(
                     gr.Button,
-                    _value(f"experts.download_{kind}"),
+                    valued(f"experts.download_{kind}"),
                     size="sm",
                     elem_classes="m-quiet",
                     elem_id=f"ming-save-{kind}",
@@ -303,7 +303,3 @@ def load_prompts(path: Path) -> dict[str, list[dict[str, str]]]:
 
 def _labels(name: str) -> Callable[[str], dict[str, Any]]:
     return lambda lang: {"label": t(lang, f"set.{name}"), "info": t(lang, f"set.{name}_info")}
-
-
-def _value(key: str) -> Callable[[str], dict[str, Any]]:
-    return lambda lang: {"value": t(lang, key)}

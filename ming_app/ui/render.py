@@ -101,9 +101,14 @@ def notices(session: Session) -> str:
     """Refusal and notices of the last question; empty when there is nothing to say."""
     lang, lines = session.lang, []
     if session.error is not None:
-        lines.append(f'<div class="m-notice m-bad" role="alert">{escape(session.error.message(lang))}</div>')
+        lines.append(alert(session.error.message(lang)))
     lines += [_notice(lang, note) for note in session.notices]
     return "".join(lines)
+
+
+def alert(text: str) -> str:
+    """Something that could not be done, announced to screen readers at once."""
+    return f'<div class="m-notice m-bad" role="alert">{escape(text)}</div>'
 
 
 def _notice(lang: str, note: Note) -> str:
