@@ -13,30 +13,20 @@ import pytest
 from ming_app import atlas
 from ming_app.atlas import Text, read_texts, trace_texts, write_atlas
 from ming_app.cli import main
-from ming_app.engine.backends.torch import TorchBackend
 from ming_app.engine.engine import Engine
-from ming_app.engine.prompt import ChatTokenizer
-from ming_app.engine.types import EngineInfo, Message, SamplingParams
+from ming_app.engine.types import Message, SamplingParams
 from ming_app.errors import UsageError
-from ming_app.models.load import load_torch_model
-from ming_app.molora.checkpoint import save_adapter
 from ming_app.molora.trace import RouterTrace
 from ming_app.router.report import report_html, report_views
 from tests.fakes import FakeEngine
-from tests.tiny import make_adapter, write_base
+from tests.tiny import make_engine
 
 TEXTS = [Text("What is gout?", "gout", {"language": "en"}), Text("什么是痛风？", "<b>痛风", {"language": "zh"})]
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory) -> Engine:
-    base = write_base(tmp_path_factory.mktemp("base"))
-    adapter = make_adapter(base)
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    save_adapter(folder, adapter)
-    backend = TorchBackend(load_torch_model(base, adapter), 512)
-    info = EngineInfo("tiny", "Tiny", "torch", "float32", "cpu", 2, 4, 2, 512, "ab+cd", adapter.config.to_dict())
-    return Engine(backend, ChatTokenizer.from_folder(base), info, folder)
+    return make_engine(tmp_path_factory.mktemp("tiny"))
 
 
 def write(path: Path, text: str) -> Path:

@@ -66,3 +66,20 @@ def make_adapter(base: Path, *, seed: int = 0, scale: float = 0.3, fingerprint: 
         for name, shape in shapes.items()
     }
     return Adapter(config, layers, tensors, fingerprint)
+
+
+def make_engine(folder: Path, context: int = 512, **changes):
+    """A float32 Engine over a random base and adapter written under `folder`; `changes` are the base's."""
+    from ming_app.engine.backends.torch import TorchBackend
+    from ming_app.engine.engine import Engine
+    from ming_app.engine.prompt import ChatTokenizer
+    from ming_app.engine.types import EngineInfo
+    from ming_app.models.load import load_torch_model
+    from ming_app.molora.checkpoint import save_adapter
+
+    base = write_base(folder / "base", **changes)
+    adapter = make_adapter(base)
+    save_adapter(folder / "adapter", adapter)
+    backend = TorchBackend(load_torch_model(base, adapter), context)
+    info = EngineInfo("tiny", "Tiny", "torch", "float32", "cpu", 2, 4, 2, context, "ab+cd", adapter.config.to_dict())
+    return Engine(backend, ChatTokenizer.from_folder(base), info, folder / "adapter")

@@ -13,25 +13,14 @@ from ming_app.molora.trace import RouterTrace
 from ming_app.router.statistics import load
 from tests.browser.conftest import Visit, engine
 from tests.test_atlas import TEXTS
+from tests.tiny import make_engine
 
 pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Engine:
-    from ming_app.engine.backends.torch import TorchBackend
-    from ming_app.engine.prompt import ChatTokenizer
-    from ming_app.engine.types import EngineInfo
-    from ming_app.models.load import load_torch_model
-    from ming_app.molora.checkpoint import save_adapter
-    from tests.tiny import make_adapter, write_base
-
-    base = write_base(tmp_path_factory.mktemp("base"), max_position_embeddings=1024)
-    adapter = make_adapter(base)
-    save_adapter(folder := tmp_path_factory.mktemp("adapter") / "adapter", adapter)
-    backend = TorchBackend(load_torch_model(base, adapter), 1024)
-    info = EngineInfo("tiny", "Tiny", "torch", "float32", "cpu", 2, 4, 2, 1024, "ab+cd", adapter.config.to_dict())
-    return Engine(backend, ChatTokenizer.from_folder(base), info, folder)
+    return make_engine(tmp_path_factory.mktemp("tiny"), 1024, max_position_embeddings=1024)
 
 
 def explore(v: Visit, name: str = "Experts") -> None:

@@ -11,12 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from ming_app.engine.backends.torch import TorchBackend
 from ming_app.engine.engine import Engine
-from ming_app.engine.prompt import ChatTokenizer
-from ming_app.engine.types import EngineInfo, SamplingParams
-from ming_app.models.load import load_torch_model
-from ming_app.molora.checkpoint import save_adapter
+from ming_app.engine.types import SamplingParams
 from ming_app.molora.trace import RouterTrace, Segment, TraceToken
 from ming_app.router.report import report_views
 from ming_app.settings import Settings
@@ -25,20 +21,14 @@ from ming_app.ui.chat import Session
 from ming_app.ui.explorer import VIEWS, Explorer, answers_html, heading_html, table_html
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.page import Page
-from tests.tiny import make_adapter, write_base
+from tests.tiny import make_engine
 
 EXAM = "Which one?\nA. flu\nB. gout"
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory) -> Engine:
-    base = write_base(tmp_path_factory.mktemp("base"))
-    adapter = make_adapter(base)
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    save_adapter(folder, adapter)
-    backend = TorchBackend(load_torch_model(base, adapter), 512)
-    info = EngineInfo("tiny", "Tiny", "torch", "float32", "cpu", 2, 4, 2, 512, "ab+cd", adapter.config.to_dict())
-    return Engine(backend, ChatTokenizer.from_folder(base), info, folder)
+    return make_engine(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
