@@ -31,7 +31,7 @@ DISTRIBUTIONS = {
 """import name -> distribution, where they differ in more than case"""
 IGNORED = re.compile(
     r"(^|/)(\.git|__pycache__|\.venv|\.(pytest|ruff|mypy)_cache|[^/]*\.egg-info)(/|$)|\.pyc$|"
-    r"^(runs|build|tests/browser/screenshots)/"
+    r"^(runs|build|\.hypothesis|tests/browser/screenshots)/"
 )
 """what .gitignore names, for where git does not answer"""
 

@@ -1,0 +1,111 @@
+"""Statistics over all answers, the result of one sitting, and their speed."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from ming_app.exam import schedule
+from ming_app.exam.desk import Desk
+from ming_app.exam.measures import calibration, wilson
+from ming_app.exam.sitting import Response, Sitting
+from ming_app.exam.statistics import result, statistics
+from ming_app.exam.store import Store
+from tests.exam.conftest import Clock, mixed, question
+from tests.exam.test_store import answer, practise
+
+DAY = 86_400.0
+
+
+def test_an_empty_store_has_statistics() -> None:
+    found = statistics(Store(":memory:"))
+    assert (found.total.total, found.days, found.streak, found.recall, found.retention) == (0, (), 0, None, None)
+    assert found.total.interval == (0.0, 1.0)
+
+
+def test_days_subjects_streak_and_retention(desk: Desk, clock: Clock) -> None:
+    for day in range(3):
+        name = practise(desk)
+        answer(desk, name, 0, right=day > 0)
+        answer(desk, name, 1)
+        clock.pass_(DAY)
+    found = statistics(desk.store)
+    assert [(day.right, day.total) for day in found.days] == [(1, 2), (2, 2), (2, 2)]
+    assert {share.name: (share.right, share.total) for share in found.subjects} == {
+        "Cardiology": (2, 3),
+        "Neurology": (3, 3),
+    }
+    assert [(share.name, share.total) for share in found.difficulties] == [("easy", 6)]
+    assert found.streak == 3  # nothing today yet
+    assert found.retention == 1.0 and found.cards == 2 and 0.5 < (found.recall or 0) <= 1
+    clock.pass_(DAY)
+    assert statistics(desk.store).streak == 0
+    assert sum(found.forecast) <= 2
+
+
+def test_days_follow_the_readers_clock(clock: Clock) -> None:
+    store = Store(":memory:", clock)
+    clock.at = 20_000 * DAY + 20 * 3600  # eight in the evening in London is tomorrow in Beijing
+    store.put_tables(
+        {"answers": [["a" * 16, "b", clock(), "A", 1, 1.0, 5.0, "", "practice", "s1", "A1", "zh", "", "", 0]]}
+    )
+    dates = [statistics(store, offset).days[0].name for offset in (0.0, 8 * 3600.0)]
+    assert dates == ["2024-10-04", "2024-10-05"]
+
+
+def test_the_result_of_a_sitting(clock: Clock) -> None:
+    questions = mixed()
+    run = Sitting("ab" * 8, "mock", "exam", "b", "t", questions, clock(), partial=True, pass_share=0.3)
+    run.responses = {
+        0: Response(("B",), 10, "sure"),
+        1: Response(("A",), 20, "sure"),
+        2: Response(("B",), 30, "guess"),
+        len(questions) - 2: Response(("A", "C"), 5, ""),
+    }
+    run.finish(clock())
+    found = result(run)
+    assert found.total == len(questions) and found.right == 2 and found.unanswered == len(questions) - 4
+    assert found.score == pytest.approx(2 + 2 / 3) and not found.passed
+    assert [(s.name, s.right, s.total) for s in found.confidence] == [("sure", 1, 2), ("guess", 1, 1)]
+    assert {s.name: s.total for s in found.types}["A1"] == 4 and found.seconds == 65
+    assert 0 not in found.wrong and 1 in found.wrong
+    run.pass_share = (2 + 2 / 3) / len(questions)
+    assert result(run).passed
+
+
+def test_100000_answers_are_counted_in_time(clock: Clock) -> None:
+    """Prints what a benchmark would; fails only when it is far off."""
+    store, rng = Store(":memory:", clock), random.Random(1)
+    subjects = [f"subject {i}" for i in range(30)]
+    rows = [
+        [
+            f"{i % 30_000:016x}",
+            "b",
+            clock() - rng.random() * 200 * DAY,
+            "A",
+            i % 3 > 0,
+            1.0,
+            30.0,
+            ("sure", "guess", "")[i % 3],
+        ]
+        + ["practice", f"{i:08x}", "A1", "zh", subjects[i % 30], ("easy", "hard")[i % 2], i % 2]
+        for i in range(100_000)
+    ]
+    state = schedule.review(None, schedule.rating(True, 10, "", "A1"), clock()).state
+    cards = [[f"{i:016x}", "b", state, clock() + i, 3.0] for i in range(30_000)]
+    store.put_tables({"answers": rows, "cards": cards})
+    start = time.perf_counter()
+    found = statistics(store)
+    seconds = time.perf_counter() - start
+    print(f"statistics over {found.total.total} answers: {seconds * 1000:.0f} ms")
+    assert found.total.total == 100_000 and len(found.subjects) == 30 and seconds < 5
+
+
+def test_wilson_and_calibration_against_known_values() -> None:
+    low, high = wilson(8, 10)
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)  # Newcombe 1998
+    found = calibration([0.9, 0.9, 0.1, 0.1], [True, True, False, True])
+    assert found["ece"] == pytest.approx((0.1 * 2 + 0.4 * 2) / 4)
+    assert question(1).key != question(2).key
