@@ -198,6 +198,11 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
     add_weights_parser(commands, t, [common])
     commands.choices["weights"].set_defaults(run=cmd_weights)
 
+    from ming_app.exam_cli import add_exam_parser
+
+    add_exam_parser(commands, t, [common])
+    commands.choices["exam"].set_defaults(run=cmd_exam)
+
     bench = _command(commands, "bench", cmd_bench, [common], t("measure speed and memory", "测量速度与内存"))
     bench.add_argument(
         "--only", metavar="NAME", action="append", help=t("a case to run; may be repeated", "只运行该项目；可重复")
@@ -421,6 +426,14 @@ def cmd_weights(args: argparse.Namespace, settings: Settings, console: Console, 
     result = run_weights(args, settings, console.progress)
     console.line(weights_text(result, console.text))
     console.result(result)
+    return 0
+
+
+def cmd_exam(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """Exam questions: the model as candidate, files checked and converted; see ming_app.exam_cli."""
+    from ming_app.exam_cli import run_exam
+
+    console.result(run_exam(args, settings, console, load_engine))
     return 0
 
 

@@ -256,13 +256,14 @@ class Recipe:
         return typing.cast(dict[str, Any], json.loads(json.dumps(values)))
 
     def identity(self) -> str:
-        """SHA-256 of all that decides which losses a run gives; budget limits, saving, device and threads may change
-        between a run and its resumption."""
+        """SHA-256 of all that decides which losses a run gives; budget limits, the guard against explosions, saving,
+        device and threads may change between a run and its resumption."""
         values = self.to_dict()
         for free in ("save", "device", "threads", "gradient_checkpointing"):
             values.pop(free)
         for limit in ("steps", "tokens", "max_minutes"):
             values["budget"].pop(limit)
+        values["optimizer"].pop("explosion")
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
