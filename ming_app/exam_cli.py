@@ -14,7 +14,7 @@ from ming_app.console import Console
 from ming_app.errors import UsageError
 from ming_app.settings import Settings
 
-ACTIONS = ("grade", "check", "convert", "banks")
+ACTIONS = ("grade", "case", "check", "convert", "banks")
 SHOWN = 20  # rejected rows on the terminal; JSON has all
 
 
@@ -27,6 +27,9 @@ def add_exam_parser(commands: Any, t: Callable[[str, str], str], parents: list[a
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     words = {
         "grade": t("let the model answer a bank, with a report", "让模型作答题库并给出报告"),
+        "case": t(
+            "base and adapted model on one question, as a page to print", "基座与适配模型作答同一题，生成可打印页面"
+        ),
         "check": t("read a file of questions and report every row", "读取题库文件并逐行报告"),
         "convert": t("write questions in another format", "将题目转换为其他格式"),
         "banks": t("list the banks at hand", "列出可用题库"),
@@ -35,7 +38,7 @@ def add_exam_parser(commands: Any, t: Callable[[str, str], str], parents: list[a
         name: actions.add_parser(name, help=words[name], description=words[name], parents=parents) for name in ACTIONS
     }
     bank = t("file of questions in any supported format, or the name of a bank", "任意支持格式的题库文件，或题库名称")
-    for name in ("grade", "check", "convert"):
+    for name in ("grade", "case", "check", "convert"):
         made[name].add_argument("--bank", metavar="FILE", required=True, help=bank)
         made[name].add_argument("--format", default="", metavar="NAME", help=t("of the file", "文件格式"))
     grade = made["grade"]
@@ -56,6 +59,10 @@ def add_exam_parser(commands: Any, t: Callable[[str, str], str], parents: list[a
         metavar="FILE",
         help=t("every answer as a JSON line; resumes from it", "逐题结果（JSON 行），可断点续评"),
     )
+    made["case"].add_argument("--id", required=True, metavar="ID", help=t("of the question", "题目编号"))
+    made["case"].add_argument(
+        "--out", required=True, metavar="FILE", help=t("HTML file to write", "要写入的 HTML 文件")
+    )
     made["convert"].add_argument(
         "--out",
         metavar="FILE",
@@ -66,7 +73,7 @@ def add_exam_parser(commands: Any, t: Callable[[str, str], str], parents: list[a
 
 def run_exam(args: argparse.Namespace, settings: Settings, console: Console, load_engine: Any) -> dict[str, Any]:
     """One action; its JSON object."""
-    return {"grade": _grade, "check": _check, "convert": _convert, "banks": _banks}[args.action](
+    return {"grade": _grade, "case": _case, "check": _check, "convert": _convert, "banks": _banks}[args.action](
         args, settings, console, load_engine
     )
 
@@ -129,21 +136,45 @@ def _convert(args: argparse.Namespace, settings: Settings, console: Console, loa
         endings = ", ".join(f".{ending}" for ending in ENDINGS.values())
         raise UsageError(f"The file must end in {endings}.", f"输出文件应以 {endings} 结尾。")
     read = _read(args)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(out.name + ".partial")
-        partial.write_bytes(write_bank(read.questions, kind, out.stem))
-        partial.replace(out)
-    except OSError as error:
-        raise UsageError(
-            f"{out} cannot be written: {error.strerror}.", f"无法写入 {out}：{error.strerror}。"
-        ) from error
+    _write(out, write_bank(read.questions, kind, out.stem))
     rejected = len(read.rejected)
     console.note(
         f"{len(read.questions)} questions written, {rejected} rows rejected.",
         f"已写入 {len(read.questions)} 道题，拒绝 {rejected} 行。",
     )
     return {"file": str(out), "format": kind, "questions": len(read.questions), "rejected": rejected}
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}.", f"无法写入 {path}：{error.strerror}。"
+        ) from error
+
+
+def _case(args: argparse.Namespace, settings: Settings, console: Console, load_engine: Any) -> dict[str, Any]:
+    """Base and adapted model on one question."""
+    from ming_app.case_view import case_page, study
+    from ming_app.exam.candidate import with_earlier
+
+    found = next(((q, earlier) for q, earlier in with_earlier(_read(args).questions) if q.id == args.id), None)
+    if found is None:
+        raise UsageError(f"No question has the id {args.id!r}.", f"没有编号为 {args.id!r} 的题目。")
+    with closing(load_engine(settings, console.progress)) as engine:
+        case = study(engine, *found)
+    _write(Path(args.out), case_page(case, console.lang).encode())
+    sides = {
+        name: {"choice": side.choice, "chances": side.chances, "reasons": side.reasons}
+        for name, side in case.sides.items()
+    }
+    for name, side in case.sides.items():
+        console.line(f"{name}: {side.choice} ({side.chances[side.choice]:.0%})")
+    return {"file": args.out, "key": "".join(found[0].answer), **sides}
 
 
 def _banks(args: argparse.Namespace, settings: Settings, console: Console, load_engine: Any) -> dict[str, Any]:

@@ -20,6 +20,9 @@ BACKENDS = ("auto", "onnx", "torch")
 PRECISIONS = ("auto", "4bit", "mix", "8bit", "float32", "bf16", "nf4", "int8")  # first three onnx, the rest torch
 
 
+PROGRESS = ("auto", "disk", "browser")
+
+
 def default_cache_dir() -> Path:
     """The platform's cache folder for this app: XDG on Linux, ~/Library/Caches on macOS, %LOCALAPPDATA% on Windows."""
     if sys.platform == "win32":
@@ -29,6 +32,20 @@ def default_cache_dir() -> Path:
     else:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "ming-app"
+
+
+def default_data_dir() -> Path:
+    """The platform's folder for this app's user data: XDG on Linux, ~/Library/Application Support, %APPDATA%."""
+    if sys.platform == "win32":
+        root = Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Application Support"
+    else:
+        root = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return root / "ming-app"
+
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,11 @@ class Settings:
     """A file or folder that holds the base weights already (tried before any download; its hash still decides)."""
     cache_dir: Path = field(default_factory=default_cache_dir)
     """Where downloads and built engines live; MING_CACHE_DIR moves it."""
+    data_dir: Path = field(default_factory=default_data_dir)
+    """Where exam progress and imported banks are kept; MING_DATA_DIR moves it."""
+    progress: str = "auto"
+    """Who keeps exam progress: "disk" (this machine), "browser" (each visitor's own), "auto" (disk where only this
+    machine can reach the page)."""
     backend: str = "auto"
     precision: str = "auto"
     device: str = "auto"
@@ -59,7 +81,12 @@ class Settings:
     """Chat requests that may wait; one more is refused politely."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("backend", BACKENDS), ("precision", PRECISIONS), ("device", ("auto", "cpu", "cuda"))):
+        for name, allowed in (
+            ("backend", BACKENDS),
+            ("precision", PRECISIONS),
+            ("device", ("auto", "cpu", "cuda")),
+            ("progress", PROGRESS),
+        ):
             if getattr(self, name) not in allowed:
                 raise UsageError(
                     f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.",
@@ -97,6 +124,11 @@ class Settings:
     def with_(self, **changes: Any) -> Settings:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    @property
+    def keeps_progress(self) -> bool:
+        """Whether exam progress is kept on this machine's disk."""
+        return self.progress == "disk" or (self.progress == "auto" and self.host in LOOPBACK)
 
     def message_lang(self) -> str:
         """ "zh" or "en": the `lang` setting, else the locale of the process."""

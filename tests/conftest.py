@@ -8,6 +8,7 @@ the checkout (`../shared`) is used where it is there and skipped with a reason w
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ KEPT_VARIABLES = ("MING_CACHE_DIR", "MING_WEIGHTS")  # where the weights are; ev
 def pytest_configure(config: pytest.Config) -> None:
     for name in [n for n in os.environ if n.startswith("MING_") and n not in KEPT_VARIABLES]:
         del os.environ[name]
+    kept = tempfile.TemporaryDirectory(prefix="ming-tests-")  # nobody's real progress is touched
+    config.add_cleanup(kept.cleanup)
+    os.environ["XDG_DATA_HOME"] = kept.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -58,10 +58,30 @@ class Desk:
                     self._banks.popitem(last=False)
             return self._banks[name]
 
-    def forget_bank(self, name: str) -> None:
-        """After it was replaced or removed."""
+    def add_bank(self, title: str, questions: Sequence[Question]) -> Bank:
+        """Keeps an imported bank. Raises MingError when it cannot be kept."""
+        bank = self.shelf.add(title, questions)
+        with self._lock:
+            self._banks.pop(bank.name, None)
+        return bank
+
+    def remove_bank(self, name: str) -> None:
+        """Forgets an imported bank; progress stays."""
+        self.shelf.remove(name)
         with self._lock:
             self._banks.pop(name, None)
+
+    def drop(self, name: str) -> None:
+        """Forgets a sitting that was not finished; what was graded stays."""
+        with self._lock:
+            self._open.pop(name, None)
+            self.store.drop_sitting(name)
+
+    def wipe(self) -> None:
+        """Deletes all progress; banks stay."""
+        with self._lock:
+            self._open.clear()
+            self.store.wipe()
 
     # -- beginning -----------------------------------------------------------------------------------------------
 
@@ -105,7 +125,6 @@ class Desk:
         *,
         shuffle_options: bool = True,
         partial: bool = False,
-        lang: str = "en",
     ) -> tuple[Sitting, Drawn]:
         """Begins a mock exam: the clock starts now."""
         bank = self.bank(bank_name)
@@ -119,7 +138,7 @@ class Desk:
             mode="exam",
             seed=secrets.randbits(32) if shuffle_options else None,
             partial=partial,
-            title=blueprint.titles.get(lang, blueprint.name),
+            title=blueprint.name,
             deadline=self.store.now() + 60 * drawn.minutes,
             pausable=blueprint.pausable,
             pass_share=blueprint.pass_share,
@@ -131,7 +150,7 @@ class Desk:
         sitting = Sitting(
             id=secrets.token_hex(8),
             bank=bank.name,
-            title=title or bank.titles.get("zh", bank.name),
+            title=title,
             questions=tuple(questions),
             started=now,
             shown=now,

@@ -49,6 +49,7 @@ class Sitting:
     mode: str
     bank: str
     title: str
+    """name of the mock exam's blueprint"""
     questions: Sequence[Question]
     started: float
     seed: int | None = None

@@ -115,6 +115,15 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "responses": ("sitting", "place", "chosen", "seconds", "confidence", "flagged", "struck", "final", "graded"),
 }
 """table -> its columns, as an export holds them"""
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "answers": ("sitting", "key", "at"),
+    "tally": ("key",),
+    "cards": ("key",),
+    "marks": ("key",),
+    "sittings": ("id",),
+    "responses": ("sitting", "place"),
+}
+"""table -> the columns that tell its rows apart"""
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,8 @@ class Store:
         self.notice: StoreError | None = None
         """what happened to the file when it was opened, to be told"""
         self._lock = threading.RLock()
+        self._changed: dict[str, set[tuple[Any, ...]]] = {}
+        self._gone: list[str] = []
         self._db = self._open()
 
     # -- opening -------------------------------------------------------------------------------------------------
@@ -229,6 +240,25 @@ class Store:
         with suppress(sqlite3.Error):
             self._db.execute("ROLLBACK")
 
+    def _touch(self, table: str, *key: Any) -> None:
+        """A row was written; only a store in memory, which somebody else keeps, remembers that."""
+        if self.path is None:
+            self._changed.setdefault(table, set()).add(key)
+
+    def take_changes(self) -> dict[str, Any]:
+        """What happened to a store in memory since the last call: {"rows": by table, as an export has them, "gone": ids of
+        sittings that were dropped, "columns", "keys"}; {} for nothing."""
+        with self._lock:
+            changed, gone, self._changed, self._gone = self._changed, self._gone, {}, []
+            rows = {table: [row for key in keys for row in self._row(table, key)] for table, keys in changed.items()}
+        if not rows and not gone:
+            return {}
+        return {"rows": rows, "gone": gone, "columns": TABLES, "keys": KEYS}
+
+    def _row(self, table: str, key: Sequence[Any]) -> list[tuple[Any, ...]]:
+        where = " AND ".join(f"{name}=?" for name in KEYS[table])
+        return self.rows(f"SELECT {', '.join(TABLES[table])} FROM {table} WHERE {where}", key)
+
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a question to the database."""
         with self._lock:
@@ -258,7 +288,9 @@ class Store:
         ).rowcount
         if not known:
             db.execute(_insert("sittings"), list(values.values()))
+        self._touch("sittings", sitting.id)
         for place in changed:
+            self._touch("responses", sitting.id, place)
             r = sitting.response(place)
             db.execute(
                 "INSERT INTO responses (sitting, place, chosen, seconds, confidence, flagged, struck, final) "
@@ -289,6 +321,9 @@ class Store:
         values += [response.confidence, sitting.kind, sitting.id, q.type, q.lang]
         values += [tag_of(q, "subject"), tag_of(q, "difficulty"), seen]
         db.execute(_insert("answers", "OR IGNORE "), values)
+        self._touch("answers", sitting.id, q.key, now)
+        self._touch("tally", q.key)
+        self._touch("cards", q.key)
         db.execute(
             "INSERT INTO tally (key, bank, right, wrong, streak, at) VALUES (?,?,?,?,?,?) ON CONFLICT DO UPDATE SET "
             "right=right+excluded.right, wrong=wrong+excluded.wrong, at=excluded.at, "
@@ -340,6 +375,8 @@ class Store:
         with self._write() as db:
             db.execute("DELETE FROM responses WHERE sitting=?", [name])
             db.execute("DELETE FROM sittings WHERE id=?", [name])
+            if self.path is None:
+                self._gone.append(name)
 
     # -- marks and lists -----------------------------------------------------------------------------------------
 
@@ -354,6 +391,7 @@ class Store:
         if "note" in values:
             values["note"] = str(values["note"])[:MAX_NOTE]
         with self._write() as db:
+            self._touch("marks", key)
             db.execute("INSERT OR IGNORE INTO marks (key, bank) VALUES (?,?)", [key, bank])
             for name in ("flagged", "note", "cause"):
                 if name in values:

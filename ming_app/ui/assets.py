@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ming_app import case_view
 from ming_app.router import panel
 
 STATIC = Path(__file__).parent / "static"
@@ -16,6 +17,7 @@ def read(name: str) -> str:
 
 
 def head() -> str:
-    """HTML for <head>: our style sheets and the page's script, inline so that they are there before the first paint."""
-    styles = "\n".join([panel.style(), read("page.css")])
-    return f"<style>\n{styles}\n</style>\n<script>\n{read('page.js')}\n</script>"
+    """HTML for <head>: our style sheets and the page's scripts, inline so that they are there before the first paint."""
+    styles = "\n".join([panel.style(), read("page.css"), read("exam.css"), case_view.STYLE])
+    scripts = "\n".join([read("page.js"), read("progress.js")])
+    return f"<style>\n{styles}\n</style>\n<script>\n{scripts}\n</script>"

@@ -94,6 +94,8 @@ class Session:
     """routing of the last answer, once it is finished"""
     explorer: Explorer = field(default_factory=Explorer)
     """traces to look at closely: every answer, opened files, answers made again"""
+    exam: Any = None
+    """the visitor's exam.room.Room, once they opened that tab"""
 
     @property
     def question_waits(self) -> bool:
@@ -149,10 +151,9 @@ def stop(session: Session, timeout: float = 10.0) -> None:
 
 
 def clear(session: Session) -> None:
-    """Forgets the conversation and the routing of its answers; the language stays."""
+    """Forgets the conversation and the routing of its answers; the language and the exam room stay."""
     stop(session)
-    lang = session.lang
-    session.__dict__.update(vars(Session(lang=lang)))
+    session.__dict__.update(vars(Session(lang=session.lang, exam=session.exam)))
 
 
 def answer(

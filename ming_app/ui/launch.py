@@ -68,7 +68,9 @@ def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
     """`blocks.launch` with this app's settings; `options` are for tests. Raises MingError when the port is taken."""
     host, port = settings.host, settings.port
     blocked = [
-        str(path.resolve()) for path in (settings.cache_dir, Path(__file__).parents[2] / "weights") if path.exists()
+        str(path.resolve())
+        for path in (settings.cache_dir, settings.data_dir, Path(__file__).parents[2] / "weights")
+        if path.exists()
     ]
     chosen: dict[str, Any] = {
         "server_name": host,
@@ -81,7 +83,7 @@ def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
         "ssr_mode": False,
         "strict_cors": True,
         "pwa": False,
-        "max_file_size": "5mb",
+        "max_file_size": "20mb",
         "blocked_paths": blocked,
         "app_kwargs": {
             "middleware": [Middleware(SafeHeaders)],

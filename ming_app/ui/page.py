@@ -19,6 +19,7 @@ from ming_app.ui import chat, experts, render
 from ming_app.ui.about import about
 from ming_app.ui.bilingual import Bilingual, valued
 from ming_app.ui.chat import MAX_CHARS, Session
+from ming_app.ui.exam.tab import ExamTab
 from ming_app.ui.explorer_tab import ExplorerTab
 from ming_app.ui.handlers import Handlers
 from ming_app.ui.loader import EngineLoader
@@ -62,6 +63,9 @@ class Page:
                         self._chat()
                     with gr.Column(elem_id="ming-panel-card", elem_classes="m-card"):
                         self._experts()
+                self.exam_tab = self.words(gr.Tab, lambda lang: {"label": t(lang, "tab.exam")}, id="exam")
+                with self.exam_tab:
+                    self.exam = ExamTab(self.words, self.do, self.session, settings)
                 self.explorer_tab = self.words(gr.Tab, lambda lang: {"label": t(lang, "tab.experts")}, id="experts")
                 with self.explorer_tab:
                     self.explorer = ExplorerTab(self.words, self.do, self.session)
@@ -265,6 +269,7 @@ class Page:
             saved.success(None, [self.download], None, js="(file) => ming.save(file)")
             saved.failure(self.do.show, [self.session], page, **QUIET)
         self.explorer.wire(self.tabs, self.explorer_tab)
+        self.exam.wire(self.blocks, self.tabs, self.exam_tab, page, self.do.show)
         self._wire_frame()
 
     def _wire_frame(self) -> None:
@@ -288,6 +293,7 @@ class Page:
             **QUIET,
         )
         reworded_page.then(self.explorer.refresh, [self.session], self.explorer.everything, **QUIET)
+        reworded_page.then(self.exam.refresh, [self.session], self.exam.everything, **QUIET)
         self.theme.input(None, [self.theme], None, js="(theme) => ming.setTheme(theme)")
         self.timer.tick(self.do.look, [self.session], engine, **QUIET)
         self.reload.click(self.do.reload, [self.session], engine, **QUIET)

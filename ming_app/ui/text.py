@@ -1,7 +1,7 @@
 """Every text of the page, in Chinese and English: one table, `t(lang, key, **values)` to read it.
 
 Values are inserted with str.format. Keys are grouped by the part of the page that shows them. The words of the expert
-panel and of the views of a trace are router/words.py's.
+panel and of the views of a trace are router/words.py's, those of the Exam tab exam/words.py's.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ming_app.errors import LANGS, MingError
+from ming_app.ui.exam.words import EXAM_TEXTS
 
 TEXTS: Mapping[str, Mapping[str, str]] = {
+    **EXAM_TEXTS,
     # -- frame ---------------------------------------------------------------------------------------------------
     "app.title": {"en": "MING-MOE · medical assistant", "zh": "MING-MOE · 医学助手"},
     "app.name": {"en": "MING-MOE", "zh": "MING-MOE 明医"},

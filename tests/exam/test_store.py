@@ -153,7 +153,7 @@ def test_exam_mode_counts_at_the_end_a_mock_its_empty_answers_too(desk: Desk) ->
 def test_a_sitting_goes_on_after_a_restart(desk: Desk, clock: Clock, tmp_path: Path) -> None:
     from ming_app.exam.sitting import PRESETS
 
-    mock, _ = desk.mock(desk.shelf.list()[0].name, PRESETS[-1], lang="zh")
+    mock, _ = desk.mock(desk.shelf.list()[0].name, PRESETS[-1])
     clock.pass_(30)
     desk.choose(mock.id, 2, "C")
     desk.strike(mock.id, 2, "AB")

@@ -1,0 +1,260 @@
+"""Banks and data of the Exam tab: files are previewed before anything is kept, banks and progress exported, progress
+deleted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from ming_app.errors import MingError
+from ming_app.exam.formats import WRITERS, ReadOptions, read_bank, write_bank
+from ming_app.exam.formats.columns import FIELDS
+from ming_app.exam.formats.writing import ENDINGS
+from ming_app.exam.progress_file import read_progress, write_progress
+from ming_app.ui.bilingual import labelled
+from ming_app.ui.chat import Session
+from ming_app.ui.exam import pages
+from ming_app.ui.text import t
+
+if TYPE_CHECKING:
+    from ming_app.ui.exam.tab import ExamTab, Updates
+
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+PREVIEW_FORMATS = ("jsonl", "csv", "xlsx")  # formats with columns that can be named
+
+
+class BanksPane:
+    """Two panes of `tab`: `banks` and `data` build them, `wire` connects them."""
+
+    def __init__(self, tab: ExamTab):
+        self.tab, self.words, self.do, self.session = tab, tab.words, tab.do, tab.session
+
+    def banks(self) -> None:
+        words = self.words
+        words(
+            gr.HTML,
+            lambda lang: {"value": f'<p class="xp-hint">{t(lang, "exam.import_info")}</p>'},
+            apply_default_css=False,
+        )
+        self.upload = words(
+            gr.UploadButton, labelled("exam.import"), size="sm", elem_classes="m-quiet", elem_id="ming-exam-upload"
+        )
+        with gr.Column(visible=False, elem_id="ming-exam-import") as self.import_box:
+            self.preview = gr.HTML("", apply_default_css=False)
+            self.columns = gr.Dataframe(
+                headers=["column", "meaning"], type="array", interactive=True, visible=False, column_count=2
+            )
+            with gr.Row():
+                self.read_again = self.tab.button("exam.import_again", "ming-exam-read-again")
+                self.report = self.tab.button("exam.import_report", "ming-exam-report")
+            self.bank_title = words(gr.Textbox, labelled("exam.import_title"), max_lines=1, elem_id="ming-exam-title")
+            self.keep = self.tab.button("exam.import_keep", "ming-exam-keep", primary=True)
+        with gr.Row(elem_id="ming-exam-export-row"):
+            self.export_kind = words(
+                gr.Dropdown,
+                labelled("exam.export"),
+                choices=[
+                    ("JSON lines", "jsonl"),
+                    ("CSV", "csv"),
+                    ("GIFT", "gift"),
+                    ("Moodle XML", "moodle"),
+                    ("Anki", "apkg"),
+                ],
+                value="jsonl",
+                min_width=160,
+            )
+            self.export = self.tab.button("exam.export_go", "ming-exam-export")
+            self.remove = self.tab.button("exam.remove", "ming-exam-remove")
+        self.download = gr.DownloadButton("download", visible="hidden")
+
+    def data(self) -> None:
+        words = self.words
+        words(
+            gr.HTML,
+            lambda lang: {"value": f'<p class="xp-hint">{self._where(lang)}</p>'},
+            apply_default_css=False,
+        )
+        with gr.Row():
+            self.data_export = self.tab.button("exam.data_export", "ming-exam-data-export")
+            self.data_import = words(
+                gr.UploadButton,
+                labelled("exam.data_import"),
+                file_types=[".json"],
+                size="sm",
+                elem_classes="m-quiet",
+                elem_id="ming-exam-data-import",
+            )
+            self.data_delete = self.tab.button("exam.data_delete", "ming-exam-data-delete")
+        with gr.Row(visible=False) as self.sure_row:
+            words(
+                gr.HTML,
+                lambda lang: {"value": pages.told(lang, t(lang, "exam.data_sure"))},
+                apply_default_css=False,
+            )
+            self.data_yes = self.tab.button("exam.data_yes", "ming-exam-data-yes")
+
+    def _where(self, lang: str) -> str:
+        if not self.tab.rooms.on_disk:
+            return escape(t(lang, "exam.data_browser"))
+        return escape(t(lang, "exam.data_disk", path=self.tab.rooms.folder))
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def wire(self, quick: Callable[..., Any]) -> None:
+        """`quick` connects a handler that may have written progress."""
+        self._wire_banks(quick)
+        self._wire_data(quick)
+
+    def _wire_banks(self, quick: Callable[..., Any]) -> None:
+        session = self.session
+        seen = [self.import_box, self.preview, self.columns, self.bank_title, self.keep, self.report, self.tab.message]
+        self.upload.upload(self.open_file, [session, self.upload], seen, **{**QUIET, "show_progress": "minimal"})
+        self.read_again.click(self.reread, [session, self.columns], seen, **QUIET)
+        quick(self.keep.click, self.keep_bank, [session, self.bank_title], [*self.tab.everything[:-1], self.import_box])
+        quick(self.remove.click, self.remove_bank, [session, self.tab.bank], self.tab.everything[:-1])
+        for button, handler, inputs in (
+            (self.report, self.save_report, [session]),
+            (self.export, self.save_bank, [session, self.tab.bank, self.export_kind]),
+        ):
+            saved = button.click(handler, inputs, [self.download, self.tab.message], **QUIET)
+            saved.success(None, [self.download], None, js="(file) => file && ming.save(file)")
+
+    def _wire_data(self, quick: Callable[..., Any]) -> None:
+        session = self.session
+        saved = self.data_export.click(self.save_progress, [session], [self.download], **QUIET)
+        saved.success(None, [self.download], None, js="(file) => ming.save(file)")
+        quick(self.data_import.upload, self.load_progress, [session, self.data_import], self.tab.everything[:-1])
+        self.data_delete.click(lambda: gr.update(visible=True), None, [self.sure_row], **QUIET)
+        deleted = self.data_yes.click(self.delete_progress, [session], [*self.tab.everything, self.sure_row], **QUIET)
+        deleted.then(None, None, None, js="() => ming.forgetProgress()")
+
+    # -- banks ---------------------------------------------------------------------------------------------------
+
+    def open_file(self, session: Session, path: str | None) -> Updates:
+        """Reads a file and shows what it holds; nothing is kept yet."""
+        room = self.tab.room(session)
+        if not path:
+            return {}
+        name = Path(path).name
+        try:
+            data = Path(path).read_bytes()
+            room.reading = (name, data, read_bank(data, name))
+        except MingError as error:
+            return {self.import_box: gr.update(visible=False), self.tab.message: pages.told(session.lang, "", error)}
+        return {**self._preview(session), self.bank_title: Path(name).stem[:80], self.tab.message: ""}
+
+    def reread(self, session: Session, columns: list[list[str]] | None) -> Updates:
+        """Reads the file again with the columns as the person named them."""
+        room = self.tab.room(session)
+        if room.reading is None:
+            return {}
+        name, data, before = room.reading
+        given = {str(row[0]): str(row[1] or "").strip() for row in columns or [] if row and row[0]}
+        try:
+            room.reading = (name, data, read_bank(data, name, ReadOptions(format=before.format, columns=given)))
+        except MingError as error:
+            return {self.tab.message: pages.told(session.lang, "", error)}
+        return {**self._preview(session), self.tab.message: ""}
+
+    def _preview(self, session: Session) -> Updates:
+        room = self.tab.room(session)
+        assert room.reading is not None
+        name, _, found = room.reading
+        rows = [[column, field] for column, field in found.columns.items()]
+        lang = session.lang
+        title = f"{t(lang, 'exam.import_columns')}: {', '.join(FIELDS)}"
+        return {
+            self.import_box: gr.update(visible=True),
+            self.preview: pages.import_page(lang, name, found),
+            self.columns: gr.update(
+                value=rows,
+                visible=found.format in PREVIEW_FORMATS,
+                label=title,
+                headers=[t(lang, "exam.import_column"), t(lang, "exam.import_meaning")],
+            ),
+            self.keep: gr.update(interactive=bool(found.questions)),
+            self.report: gr.update(visible=bool(found.rejected)),
+        }
+
+    def keep_bank(self, session: Session, title: str) -> Updates:
+        room, lang = self.tab.room(session), session.lang
+        if room.reading is None:
+            return {}
+        name, _, found = room.reading
+        try:
+            bank = room.desk.add_bank(title.strip() or Path(name).stem, found.questions)
+        except MingError as error:
+            return {self.tab.message: pages.told(lang, "", error)}
+        room.reading, room.bank = None, bank.name
+        said = pages.told(lang, t(lang, "exam.import_done", title=bank.title(lang), n=len(bank.questions)))
+        return {**self.tab.refresh(session), self.import_box: gr.update(visible=False), self.tab.message: said}
+
+    def remove_bank(self, session: Session, name: str | None) -> Updates:
+        room, lang = self.tab.room(session), session.lang
+        listed = next((bank for bank in room.desk.shelf.list() if bank.name == name), None)
+        if listed is None or listed.ours:
+            return {self.tab.message: pages.told(lang, t(lang, "exam.remove_ours"))}
+        room.desk.remove_bank(listed.name)
+        return {**self.tab.refresh(session), self.tab.message: pages.told(lang, t(lang, "exam.removed"))}
+
+    def save_report(self, session: Session) -> Updates:
+        room = self.tab.room(session)
+        if room.reading is None:
+            return {}
+        path = self.do.files.new() / f"{Path(room.reading[0]).stem}-rejected.csv"
+        path.write_text(pages.rejected_csv(session.lang, room.reading[2]), encoding="utf-8")
+        return {self.download: gr.update(value=str(path))}
+
+    def save_bank(self, session: Session, name: str | None, kind: str) -> Updates:
+        try:
+            bank = self.tab.room(session).desk.bank(name or "")
+        except MingError as error:
+            return {self.tab.message: pages.told(session.lang, "", error)}
+        kind = kind if kind in WRITERS else "jsonl"
+        path = self.do.files.new() / f"{bank.name}.{ENDINGS[kind]}"
+        path.write_bytes(write_bank(bank.questions, kind, bank.title(session.lang)))
+        return {self.download: gr.update(value=str(path)), self.tab.message: ""}
+
+    # -- progress ------------------------------------------------------------------------------------------------
+
+    def restore(self, session: Session, text: str) -> Updates:
+        """Takes back what the browser kept."""
+        try:
+            room = self.tab.room(session)
+            if text:
+                read_progress(room.desk.store, text.encode())
+        except MingError as error:
+            return {self.tab.message: pages.told(session.lang, "", error)}
+        return {}
+
+    def save_progress(self, session: Session) -> Updates:
+        path = self.do.files.new() / f"ming-progress-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        path.write_bytes(write_progress(self.tab.room(session).desk.store))
+        return {self.download: gr.update(value=str(path))}
+
+    def load_progress(self, session: Session, path: str | None) -> Updates:
+        lang, room = session.lang, self.tab.room(session)
+        if not path:
+            return {}
+        try:
+            done = read_progress(room.desk.store, Path(path).read_bytes())
+        except MingError as error:
+            return {self.tab.message: pages.told(lang, "", error)}
+        said = pages.told(lang, t(lang, "exam.data_imported", n=done.added, bad=done.refused))
+        return self.tab.with_changes(session, {**self.tab.refresh(session), self.tab.message: said})
+
+    def delete_progress(self, session: Session) -> Updates:
+        lang, room = session.lang, self.tab.room(session)
+        try:
+            room.desk.wipe()
+        except MingError as error:
+            return {self.tab.message: pages.told(lang, "", error)}
+        room.open, room.attempts = "", {}
+        room.desk.store.take_changes()
+        said = pages.told(lang, t(lang, "exam.data_deleted"))
+        return {**self.tab.refresh(session), self.sure_row: gr.update(visible=False), self.tab.message: said}

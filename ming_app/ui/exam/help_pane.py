@@ -1,0 +1,276 @@
+"""The model in the loop: explanations, hints and similar questions streamed with the expert panel, the model's own answer
+beside the student's, and the way to a chat about the question. The bank's key stands over the model's opinion."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from ming_app.case_view import case_html, case_page, study
+from ming_app.engine.types import SamplingParams
+from ming_app.errors import MingError
+from ming_app.exam.bank import letters_shown
+from ming_app.exam.candidate import Attempt, attempt
+from ming_app.exam.sitting import Sitting
+from ming_app.ui import chat, experts, render
+from ming_app.ui.bilingual import labelled, valued
+from ming_app.ui.chat import Session, Turn
+from ming_app.ui.exam import pages, payload, tutor
+from ming_app.ui.exam.room import Room
+from ming_app.ui.handlers import DEADLINE
+from ming_app.ui.text import refusal, t
+
+if TYPE_CHECKING:
+    from ming_app.ui.exam.tab import ExamTab, Updates
+
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+QUEUED: dict[str, Any] = {
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
+HELP_TOKENS = 400
+SHUFFLES = 2
+
+
+class HelpPane:
+    """Builds its components inside the card's column of `tab`; `wire` connects them."""
+
+    def __init__(self, tab: ExamTab):
+        self.tab, self.words, self.do, self.session = tab, tab.words, tab.do, tab.session
+        words = self.words
+        with gr.Column(elem_id="ming-exam-help"):
+            words(
+                gr.HTML,
+                lambda lang: {
+                    "value": f'<div class="ea-head"><b>{t(lang, "exam.ai.title")}</b> <span class="ea-label">{t(lang, "exam.ai.warning")}</span></div>'
+                },
+                apply_default_css=False,
+            )
+            with gr.Row(elem_id="ming-exam-help-buttons"):
+                self.buttons = {
+                    kind: self.tab.button(f"exam.ai.{kind}", f"ming-exam-ai-{kind}") for kind in ("explain", "hint")
+                }
+                self.option = words(
+                    gr.Dropdown,
+                    labelled("exam.ai.option"),
+                    choices=[],
+                    interactive=True,
+                    min_width=76,
+                    container=False,
+                    show_label=False,
+                    elem_id="ming-exam-option",
+                )
+                self.buttons |= {
+                    kind: self.tab.button(f"exam.ai.{kind}", f"ming-exam-ai-{kind}") for kind in ("why_not", "similar")
+                }
+                self.candidate = self.tab.button("exam.ai.answer", "ming-exam-ai-answer")
+                self.compare = self.tab.button("exam.ai.case", "ming-exam-ai-case")
+                self.to_chat = self.tab.button("exam.ai.chat", "ming-exam-ai-chat")
+                self.stop = words(
+                    gr.Button,
+                    valued("exam.ai.stop"),
+                    size="sm",
+                    variant="stop",
+                    visible=False,
+                    elem_id="ming-exam-ai-stop",
+                )
+            self.note = gr.HTML("", apply_default_css=False, elem_id="ming-exam-help-note")
+            self.text = gr.Markdown("", elem_id="ming-exam-help-text", sanitize_html=True, visible=False)
+            self.case = gr.HTML("", apply_default_css=False, elem_id="ming-exam-case")
+            self.print = self.tab.button("exam.ai.print", "ming-exam-ai-print", visible=False)
+            with words(gr.Accordion, labelled("tab.experts"), open=False, visible=False) as self.panel_box:
+                self.panel = words(
+                    lambda words: experts.panel("en", "ming-exam-panel"), lambda lang: {"words": experts.words(lang)}
+                )
+
+    def cleared(self) -> Updates:
+        """For another question: nothing said yet."""
+        return {
+            self.note: "",
+            self.text: gr.update(value="", visible=False),
+            self.panel_box: gr.update(visible=False),
+            self.case: "",
+            self.print: gr.update(visible=False),
+        }
+
+    def wire(self, tabs: gr.Tabs, page: list[Any], show: Callable[[Session], list[Any]]) -> None:
+        session = self.session
+        seen = [self.note, self.text, self.panel, self.panel_box, self.stop]
+        running = [
+            button.click(self.ask(kind), [session, self.option], seen, **QUEUED)
+            for kind, button in self.buttons.items()
+        ]
+        running.append(self.candidate.click(self.let_model_answer, [session], [self.tab.card, *seen], **QUEUED))
+        shown = [self.note, self.case, self.print, self.stop]
+        running.append(self.compare.click(self.compare_models, [session], shown, **QUEUED))
+        saved = self.print.click(self.save_case, [session], [self.tab.panes.download], **QUIET)
+        saved.success(None, [self.tab.panes.download], None, js="(file) => ming.save(file)")
+        self.stop.click(self.stop_help, [session], None, **QUIET).then(None, cancels=running).then(
+            lambda: gr.update(visible=False), None, [self.stop], **QUIET
+        )
+
+        def go(session: Session) -> list[Any]:
+            moved = self.continue_in_chat(session)
+            return [gr.Tabs(selected="chat") if moved else gr.skip(), *show(session), self.help_error(session)]
+
+        self.to_chat.click(go, [session], [tabs, *page, self.note], **QUIET)
+
+    # -- the model -----------------------------------------------------------------------------------------------
+
+    def _asked(self, session: Session, revealing: bool) -> tuple[Room, Sitting]:
+        """The sitting in view, if the model may help with its question now. Raises MingError."""
+        room = self.tab.room(session)
+        sitting = room.sitting
+        if self.do.loader.state.engine is None:
+            raise refusal("refuse.failed" if self.do.loader.state.error else "refuse.loading")
+        if sitting is None or (sitting.mode == "exam" and sitting.finished is None):
+            raise refusal("exam.ai.not_in_mock")
+        if revealing and not sitting.revealed(sitting.position):
+            raise refusal("exam.ai.after")
+        return room, sitting
+
+    def ask(self, kind: str) -> Callable[[Session, str | None], Iterator[Updates]]:
+        """The handler that streams the model's help of one kind. The engine is freed however it ends."""
+
+        def ask(session: Session, option: str | None) -> Iterator[Updates]:
+            lang = session.lang
+            try:
+                room, sitting = self._asked(session, kind in tutor.REVEALING)
+            except MingError as error:
+                yield {self.note: pages.told(lang, "", error)}
+                return
+            index = sitting.position
+            question, order = sitting.questions[index], sitting.order(index)
+            text = tutor.request(kind, question, order, payload.earlier_parts(sitting, index), option or order[0])
+            room.helper = helper = Session(lang=lang, explorer=session.explorer)
+            chat.ask(helper, text[: chat.MAX_CHARS])
+            note = pages.told(lang, t(lang, "exam.ai.similar_note")) if kind == "similar" else ""
+            params = SamplingParams(HELP_TOKENS, temperature=0.3, deadline=DEADLINE)
+
+            def shown(said: str, over: bool) -> str:
+                return tutor.blotted(said, question, over) if kind == "hint" else said
+
+            with closing(chat.answer(self.do.loader.state.engine, helper, params)) as steps:
+                for _ in steps:
+                    yield self._help(helper, note, shown)
+            # once more and whole: of updates that come together the page keeps the last only
+            yield self._help(helper, note, shown)
+
+        return ask
+
+    def _help(self, helper: Session, note: str, shown: Callable[[str, bool], str]) -> Updates:
+        turn = helper.turns[-1] if helper.turns and helper.turns[-1].role == "assistant" else Turn("assistant", "")
+        error = pages.told(helper.lang, "", helper.error) if helper.error else ""
+        status = f'<p class="ea-label" role="status">{t(helper.lang, helper.status.key, **helper.status.values)}</p>'
+        return {
+            self.note: error or note + status,
+            self.text: gr.update(value=render.inert(shown(turn.text, bool(turn.reason))), visible=True),
+            self.panel: helper.payload,
+            self.panel_box: gr.update(visible=bool(helper.payload.get("key"))),
+            self.stop: gr.update(visible=helper.run is not None),
+        }
+
+    def let_model_answer(self, session: Session) -> Iterator[Updates]:
+        """The model answers the question beside the student: probabilities over the options, and in other orders."""
+        lang = session.lang
+        try:
+            room, sitting = self._asked(session, True)
+            index = sitting.position
+            question = sitting.questions[index]
+            yield {self.note: pages.told(lang, t(lang, "status.reading", seconds=0))}
+            found = attempt(
+                self.do.loader.state.engine, question, payload.earlier_parts(sitting, index), shuffles=SHUFFLES
+            )
+        except MingError as error:
+            yield {self.note: pages.told(lang, "", error)}
+            return
+        room.attempts[question.key] = found
+        yield {
+            self.tab.card: payload.card(room, lang),
+            self.note: pages.told(lang, _opinion(lang, sitting, index, found)),
+        }
+
+    def compare_models(self, session: Session) -> Iterator[Updates]:
+        """The case view: base and adapted model on the question in view."""
+        lang = session.lang
+        try:
+            room, sitting = self._asked(session, True)
+            index = sitting.position
+            room.stop_case = cancel = threading.Event()
+            wait = pages.told(lang, t(lang, "exam.ai.case_wait"))
+            yield {self.note: wait, self.case: "", self.stop: gr.update(visible=True)}
+            earlier = payload.earlier_parts(sitting, index)
+            room.case = study(self.do.loader.state.engine, sitting.questions[index], earlier, cancel=cancel)
+        except MingError as error:
+            yield {self.note: pages.told(lang, "", error), self.stop: gr.update(visible=False)}
+            return
+        yield {
+            self.note: "",
+            self.case: case_html(room.case, lang),
+            self.print: gr.update(visible=True),
+            self.stop: gr.update(visible=False),
+        }
+
+    def save_case(self, session: Session) -> Updates:
+        """The case view as a file to print."""
+        room = self.tab.room(session)
+        if room.case is None:
+            return {}
+        path = self.do.files.new() / f"ming-case-{room.case.question.id or 'question'}.html".replace("/", "-")
+        path.write_text(case_page(room.case, session.lang), encoding="utf-8")
+        return {self.tab.panes.download: gr.update(value=str(path))}
+
+    def stop_help(self, session: Session) -> None:
+        room = self.tab.room(session)
+        if room.helper is not None:
+            chat.stop(room.helper)
+        room.stop_case.set()
+
+    def continue_in_chat(self, session: Session) -> bool:
+        """Puts the question, and the help given, into the chat. Whether it could."""
+        room = self.tab.room(session)
+        room.error = None
+        try:
+            _, sitting = self._asked(session, True)
+            if session.run is not None:
+                raise refusal("refuse.running")
+        except MingError as error:
+            room.error = error
+            return False
+        index = sitting.position
+        text = tutor.about(sitting.questions[index], sitting.order(index), payload.earlier_parts(sitting, index))
+        helper = room.helper
+        answered = helper is not None and helper.run is None and len(helper.turns) == 2
+        chat.clear(session)
+        if answered and helper is not None:
+            session.turns = [Turn("user", text), helper.turns[-1]]
+            session.trace, session.payload = helper.trace, helper.payload
+        else:
+            session.returned = text
+        return True
+
+    def help_error(self, session: Session) -> str:
+        room = self.tab.room(session)
+        error, room.error = room.error, None
+        return pages.told(session.lang, "", error) if error is not None else ""
+
+
+def _opinion(lang: str, sitting: Sitting, index: int, found: Attempt) -> str:
+    """What the model chose, and that the key stands where they differ."""
+    order = sitting.order(index)
+    letters = letters_shown(order, found.choice)
+    if not letters:
+        return t(lang, "exam.ai.chose_none")
+    if found.probabilities:
+        same = "–" if found.consistency is None else f"{found.consistency:.0%}"
+        said = t(lang, "exam.ai.chose", letter=letters, share=f"{found.probabilities[found.choice]:.0%}", same=same)
+    else:
+        said = t(lang, "exam.ai.chose_several", letter=letters)
+    key = letters_shown(order, found.answer)
+    return said + " " + (t(lang, "exam.ai.agrees") if found.correct else t(lang, "exam.ai.differs", right=key))

@@ -1,0 +1,482 @@
+"""The Exam tab: layout, and events over `room.Room`. What a person does at a question goes through the card's one event
+and is not queued; whatever needs the model takes its turn with the answers of the chat."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from ming_app.errors import MingError
+from ming_app.exam.desk import ONLY, ORDERS, Choice
+from ming_app.exam.question import TYPES
+from ming_app.exam.sitting import MODES, PRESETS, Blueprint, Part, Sitting
+from ming_app.exam.statistics import result, statistics
+from ming_app.settings import Settings
+from ming_app.ui.assets import read
+from ming_app.ui.bilingual import Bilingual, Words, labelled, valued
+from ming_app.ui.chat import Session
+from ming_app.ui.exam import pages, payload
+from ming_app.ui.exam.banks_pane import BanksPane
+from ming_app.ui.exam.help_pane import HelpPane
+from ming_app.ui.exam.room import Room, Rooms
+from ming_app.ui.exam.words import EXAM_TEXTS
+from ming_app.ui.handlers import Handlers
+from ming_app.ui.text import t
+
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+OWN = "own"
+Updates = dict[Any, Any]
+
+
+def _radio_words(name: str, values: Sequence[str]) -> Words:
+    return lambda lang: {
+        "label": t(lang, f"exam.{name}"),
+        "choices": [(t(lang, f"exam.{name}_{value}"), value) for value in values],
+    }
+
+
+def card_words(lang: str) -> str:
+    """The card's texts as JSON."""
+    start = "exam.card."
+    return json.dumps(
+        {key.removeprefix(start): t(lang, key) for key in EXAM_TEXTS if key.startswith(start)}, ensure_ascii=False
+    )
+
+
+class ExamTab:
+    """Builds its components inside the Blocks that are open; `wire` connects them."""
+
+    def __init__(self, words: Bilingual, handlers: Handlers, session: gr.State, settings: Settings):
+        self.words, self.do, self.session = words, handlers, session
+        self.rooms = Rooms(settings)
+        self.panes = BanksPane(self)
+        with gr.Column(elem_id="ming-exam"):
+            self.message = gr.HTML("", apply_default_css=False, elem_id="ming-exam-message")
+            with gr.Column(elem_id="ming-exam-home", elem_classes="m-card"):
+                self._home()
+            with gr.Column(elem_id="ming-exam-run", elem_classes="m-card", visible=False) as self.run_box:
+                self._run()
+
+    # -- layout --------------------------------------------------------------------------------------------------
+
+    def _home(self) -> None:
+        words = self.words
+        words(
+            gr.HTML, lambda lang: {"value": f'<p class="xp-hint">{t(lang, "exam.intro")}</p>'}, apply_default_css=False
+        )
+        with gr.Row(elem_id="ming-exam-bank-row"):
+            self.bank = words(
+                gr.Dropdown,
+                labelled("exam.bank"),
+                choices=[],
+                interactive=True,
+                elem_id="ming-exam-bank",
+                min_width=260,
+            )
+        self.counts = gr.HTML("", apply_default_css=False, elem_id="ming-exam-counts")
+        with gr.Row(visible=False, elem_id="ming-exam-unfinished") as self.unfinished_row:
+            self.unfinished = words(
+                gr.Dropdown, labelled("exam.unfinished"), choices=[], interactive=True, min_width=260
+            )
+            self.resume = self.button("exam.resume", "ming-exam-resume", primary=True)
+            self.discard = self.button("exam.discard", "ming-exam-discard")
+        with gr.Tabs(elem_id="ming-exam-tabs"):
+            with words(gr.Tab, labelled("exam.practise"), id="practise"):
+                self._practise()
+            with words(gr.Tab, labelled("exam.mock"), id="mock"):
+                self._mock()
+            self.statistics_tab = words(gr.Tab, labelled("exam.statistics"), id="statistics")
+            with self.statistics_tab:
+                with gr.Row():
+                    self.days = gr.Plot(show_label=False, visible=False, min_width=320)
+                    self.forecast = gr.Plot(show_label=False, visible=False, min_width=320)
+                self.statistics = gr.HTML("", apply_default_css=False, elem_id="ming-exam-statistics")
+            with words(gr.Tab, labelled("exam.banks"), id="banks"):
+                self.panes.banks()
+            with words(gr.Tab, labelled("exam.data"), id="data"):
+                self.panes.data()
+
+    def _practise(self) -> None:
+        words = self.words
+        radios = {"only": ONLY, "order": ORDERS, "mode": MODES}
+        self.radios = {
+            name: words(gr.Radio, _radio_words(name, values), value=values[0], elem_id=f"ming-exam-{name}")
+            for name, values in radios.items()
+        }
+        with gr.Row():
+            self.tags = {
+                name: words(gr.Dropdown, labelled(key), choices=[], multiselect=True, interactive=True, min_width=180)
+                for name, key in (
+                    ("type", "exam.types"),
+                    ("subject", "exam.subjects"),
+                    ("difficulty", "exam.difficulties"),
+                    ("more", "exam.more_tag"),
+                )
+            }
+            self.count = words(gr.Number, labelled("exam.count"), value=0, precision=0, minimum=0, min_width=140)
+        with gr.Row():
+            self.shuffle = words(gr.Checkbox, labelled("exam.shuffle_options"), value=True, min_width=180)
+            self.partial = words(gr.Checkbox, labelled("exam.partial"), value=False, min_width=180)
+        self.start = self.button("exam.start", "ming-exam-start", primary=True)
+
+    def _mock(self) -> None:
+        words = self.words
+        self.preset = words(
+            gr.Dropdown,
+            lambda lang: {
+                "label": t(lang, "exam.preset"),
+                "choices": [(p.titles[lang], p.name) for p in PRESETS] + [(t(lang, "exam.preset_own"), OWN)],
+            },
+            value=PRESETS[-1].name,
+            elem_id="ming-exam-preset",
+        )
+        with gr.Row(visible=False) as self.own_row:
+            number: dict[str, Any] = {"precision": 0, "minimum": 1, "min_width": 120}
+            self.own_count = words(gr.Number, labelled("exam.own_count"), value=50, maximum=1000, **number)
+            self.own_minutes = words(gr.Number, labelled("exam.own_minutes"), value=60, maximum=1000, **number)
+            self.own_pass = words(gr.Number, labelled("exam.own_pass"), value=60, maximum=100, **number)
+            self.own_types = words(gr.Dropdown, labelled("exam.types"), choices=[], multiselect=True, interactive=True)
+            self.own_subjects = words(
+                gr.Dropdown, labelled("exam.subjects"), choices=[], multiselect=True, interactive=True
+            )
+            self.own_pause = words(gr.Checkbox, labelled("exam.own_pause"), value=True, min_width=120)
+        with gr.Row():
+            self.mock_shuffle = words(gr.Checkbox, labelled("exam.shuffle_options"), value=True, min_width=180)
+            self.mock_partial = words(gr.Checkbox, labelled("exam.partial"), value=False, min_width=180)
+        self.start_mock = self.button("exam.start_mock", "ming-exam-start-mock", primary=True)
+
+    def _run(self) -> None:
+        words = self.words
+        self.result = gr.HTML("", apply_default_css=False, elem_id="ming-exam-result")
+        with gr.Row(visible=False, elem_id="ming-exam-after") as self.after_row:
+            self.again = self.button("exam.result.again", "ming-exam-again")
+            self.home = self.button("exam.result.home", "ming-exam-back", primary=True)
+        self.card = words(
+            lambda words: gr.HTML(
+                value={"open": False},
+                html_template=read("exam.html"),
+                js_on_load=read("exam.js"),
+                apply_default_css=False,
+                elem_id="ming-exam-card",
+                words=words,
+            ),
+            lambda lang: {"words": card_words(lang)},
+        )
+        self.help = HelpPane(self)
+
+    def button(self, key: str, elem_id: str, primary: bool = False, visible: bool = True) -> gr.Button:
+        return self.words(
+            gr.Button,
+            valued(key),
+            size="sm",
+            elem_id=elem_id,
+            visible=visible,
+            **({"variant": "primary"} if primary else {"elem_classes": "m-quiet"}),
+        )
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def wire(
+        self, blocks: gr.Blocks, tabs: gr.Tabs, tab: gr.Tab, page: list[Any], show: Callable[[Session], list[Any]]
+    ) -> None:
+        """Connects the events; `tab` among `tabs` shows all this, `page` are the chat's components that `show` updates."""
+        session = self.session
+        self.changes = gr.Textbox("", visible="hidden", elem_id="ming-exam-changes")
+        choices = [
+            self.bank,
+            self.unfinished_row,
+            self.unfinished,
+            *self.tags.values(),
+            self.own_types,
+            self.own_subjects,
+        ]
+        homes = [*choices, self.counts, self.message]
+        runs = [
+            self.card,
+            self.run_box,
+            self.result,
+            self.after_row,
+            self.help.option,
+            self.help.note,
+            self.help.text,
+            self.help.panel_box,
+            self.help.case,
+            self.help.print,
+        ]
+        everything = [*homes, *runs, self.changes]
+        self.everything = everything
+
+        def quick(
+            event: Any, handler: Callable[..., Updates], inputs: list[Any], outputs: list[Any], **more: Any
+        ) -> Any:
+            done = event(handler, inputs, list(dict.fromkeys([*outputs, self.changes])), **{**QUIET, **more})
+            if not self.rooms.on_disk:
+                done.then(None, [self.changes], None, js="(text) => ming.keepProgress(text)")
+            return done
+
+        quick(tab.select, self.refresh, [session], everything)
+        quick(self.bank.input, self.choose_bank, [session, self.bank], everything)
+        quick(self.card.select, self.act, [session], everything, trigger_mode="multiple")
+        practised = [
+            session,
+            self.bank,
+            *self.radios.values(),
+            *self.tags.values(),
+            self.count,
+            self.shuffle,
+            self.partial,
+        ]
+        quick(self.start.click, self.practise, practised, everything)
+        own = [self.own_count, self.own_minutes, self.own_pass, self.own_types, self.own_subjects, self.own_pause]
+        mocked = [session, self.bank, self.preset, self.mock_shuffle, self.mock_partial, *own]
+        quick(self.start_mock.click, self.begin_mock, mocked, everything)
+        self.preset.input(lambda name: gr.update(visible=name == OWN), [self.preset], [self.own_row], **QUIET)
+        quick(self.resume.click, self.go_on, [session, self.unfinished], everything)
+        quick(self.discard.click, self.drop, [session, self.unfinished], everything)
+        quick(self.again.click, self.repeat_wrong, [session], everything)
+        quick(self.home.click, self.back, [session], everything)
+        drawn = [self.statistics, self.days, self.forecast]
+        self.statistics_tab.select(
+            self.show_statistics,
+            [session, self.changes],
+            drawn,
+            js="(s) => [s, String(-60 * new Date().getTimezoneOffset())]",
+            **QUIET,
+        )
+        self.panes.wire(quick)
+        self.help.wire(tabs, page, show)
+        if not self.rooms.on_disk:
+            blocks.load(
+                self.panes.restore, [session, self.changes], [self.message], js="(s) => [s, ming.progress()]", **QUIET
+            )
+
+    # -- what is shown -------------------------------------------------------------------------------------------
+
+    def room(self, session: Session) -> Room:
+        if session.exam is None:
+            session.exam = self.rooms.new()
+        return session.exam
+
+    def refresh(self, session: Session) -> Updates:
+        """Everything as it stands."""
+        try:
+            room = self.room(session)
+            if room.desk.store.notice is not None:  # the file was damaged: said once, to whoever comes first
+                error, room.desk.store.notice = room.desk.store.notice, None
+                return {
+                    **self._home_now(session),
+                    **self._card_now(session),
+                    self.message: pages.told(session.lang, "", error),
+                }
+            return {**self._home_now(session), **self._card_now(session)}
+        except MingError as error:
+            return {self.message: pages.told(session.lang, "", error)}
+
+    def _home_now(self, session: Session) -> Updates:
+        room, lang = self.room(session), session.lang
+        listed = room.desk.shelf.list()
+        names = [bank.name for bank in listed]
+        if room.bank not in names:
+            room.bank = next((bank.name for bank in listed if bank.name.endswith(lang)), names[0] if names else "")
+        choices = [(bank.titles.get(lang) or bank.name, bank.name) for bank in listed]
+        found: Updates = {self.bank: gr.update(choices=choices, value=room.bank or None), self.message: ""}
+        if room.bank:
+            found |= self._bank_now(room, lang)
+        waiting = room.desk.unfinished()
+        items = [(self._unfinished_item(room, lang, sitting), sitting.id) for sitting in waiting]
+        found[self.unfinished_row] = gr.update(visible=bool(items))
+        found[self.unfinished] = gr.update(choices=items, value=items[0][1] if items else None)
+        return found
+
+    def _bank_now(self, room: Room, lang: str) -> Updates:
+        desk = room.desk
+        bank = desk.bank(room.bank)
+        seen = sum(key in bank.places for key in desk.store.weakness(bank.name))
+        counts = {
+            "n": len(bank.questions),
+            "seen": seen,
+            "due": len(desk.store.due(bank.name)),
+            "wrong": len(desk.store.wrong(bank.name)),
+            "flagged": len(desk.store.flagged(bank.name)),
+        }
+
+        def choices(tag: str) -> list[tuple[str, str]]:
+            return [(f"{pages.name_of(lang, tag, value)} ({n})", value) for value, n in bank.values(tag)]
+
+        more = [
+            (f"{value} ({n})", f"{tag}={value}")
+            for tag in bank.tags
+            if tag not in ("subject", "difficulty")
+            for value, n in bank.values(tag)[:200]
+        ]
+        lists = {tag: choices(tag) for tag in ("type", "subject", "difficulty")} | {"more": more}
+        found: Updates = {
+            self.tags[tag]: gr.update(choices=values, value=[], visible=bool(values)) for tag, values in lists.items()
+        }
+        found |= {
+            self.own_types: gr.update(choices=lists["type"], value=[]),
+            self.own_subjects: gr.update(choices=lists["subject"], value=[]),
+            self.counts: f'<p class="xp-hint">{t(lang, "exam.counts", **counts)}</p>',
+        }
+        return found
+
+    def _unfinished_item(self, room: Room, lang: str, sitting: Sitting) -> str:
+        when = time.strftime("%m-%d %H:%M", time.localtime(sitting.started))
+        return t(
+            lang,
+            "exam.unfinished_item",
+            title=room.title(sitting, lang),
+            done=sitting.answered(),
+            n=len(sitting.questions),
+            when=when,
+        )
+
+    def _card_now(self, session: Session) -> Updates:
+        """The card and what stands around it."""
+        room, lang = self.room(session), session.lang
+        sitting, room.shown = room.sitting, room.place
+        found: Updates = {self.card: payload.card(room, lang), self.run_box: gr.update(visible=sitting is not None)}
+        if sitting is None:
+            return found
+        over = sitting.finished is not None
+        found[self.result] = (
+            pages.result_page(lang, room.title(sitting, lang), sitting, result(sitting)) if over else ""
+        )
+        found[self.after_row] = gr.update(visible=over)
+        letters = sitting.order(sitting.position)
+        found[self.help.option] = gr.update(
+            choices=[(chr(65 + at), letter) for at, letter in enumerate(letters)], value=letters[0]
+        )
+        found |= self.help.cleared()
+        return found
+
+    def with_changes(self, session: Session, found: Updates) -> Updates:
+        """The updates, and what the browser has to keep."""
+        room = self.room(session)
+        if room.in_browser:
+            found[self.changes] = json.dumps(room.desk.store.take_changes(), ensure_ascii=False)
+        return found
+
+    # -- practising ----------------------------------------------------------------------------------------------
+
+    def act(self, session: Session, event: gr.EventData) -> Updates:
+        """One action of the card. Only what changed is sent back."""
+        room = self.room(session)
+        try:
+            room.act(json.loads(event.value) if isinstance(event.value, str) and len(event.value) < 10_000 else None)
+        except (ValueError, RecursionError):
+            return {}
+        except MingError as error:
+            room.error = error
+        found: Updates
+        try:
+            place = room.place
+        except MingError as error:  # the sitting or its bank is gone
+            room.open = ""
+            return {
+                **self._home_now(session),
+                **self._card_now(session),
+                self.message: pages.told(session.lang, "", error),
+            }
+        if not room.open:
+            found = {**self._home_now(session), **self._card_now(session)}
+        elif room.shown == place:
+            found = {self.card: payload.card(room, session.lang)}
+        else:
+            found = self._card_now(session)
+        room.notice = ""
+        return self.with_changes(session, found)
+
+    def _begun(self, session: Session, begin: Callable[[Room], None]) -> Updates:
+        """Begins or resumes a sitting, or says why not."""
+        room = self.room(session)
+        try:
+            room.error, room.notice = None, ""
+            begin(room)
+            found = self._card_now(session)
+        except MingError as error:
+            return {self.message: pages.told(session.lang, "", error)}
+        room.notice = ""
+        return self.with_changes(session, {**found, self.message: ""})
+
+    def choose_bank(self, session: Session, name: str | None) -> Updates:
+        room = self.room(session)
+        room.bank = name or ""
+        return self.refresh(session)
+
+    def practise(self, session: Session, bank: str | None, only: str, order: str, mode: str, *rest: Any) -> Updates:
+        *tags, count, shuffle, partial = rest
+        wanted: dict[str, list[str]] = {}
+        for name, values in zip(self.tags, tags, strict=True):
+            for value in values or []:
+                tag, _, word = value.partition("=") if name == "more" else (name, "", value)
+                wanted.setdefault(tag, []).append(word)
+        choice = Choice(only, order, wanted, int(count or 0), mode, bool(shuffle), bool(partial))
+        return self._begun(session, lambda room: room.practise(bank or "", choice))
+
+    def begin_mock(
+        self, session: Session, bank: str | None, preset: str, shuffle: bool, partial: bool, *own: Any
+    ) -> Updates:
+        plan = next((p for p in PRESETS if p.name == preset), None) or _own_blueprint(*own)
+
+        def begin(room: Room) -> None:
+            sitting, drawn = room.desk.mock(bank or "", plan, shuffle_options=bool(shuffle), partial=bool(partial))
+            room.open = sitting.id
+            room.notice = pages.short_notice(session.lang, drawn, plan.size)
+
+        return self._begun(session, begin)
+
+    def go_on(self, session: Session, name: str | None) -> Updates:
+        def begin(room: Room) -> None:
+            sitting = room.desk.sitting(name or "")
+            if sitting.finished is None and sitting.paused is None:
+                room.desk.go(sitting.id, sitting.position)
+            room.open = sitting.id
+
+        return self._begun(session, begin)
+
+    def drop(self, session: Session, name: str | None) -> Updates:
+        room = self.room(session)
+        if name:
+            room.desk.drop(name)
+        return self.with_changes(session, self.refresh(session))
+
+    def repeat_wrong(self, session: Session) -> Updates:
+        return self._begun(session, Room.repeat_wrong)
+
+    def back(self, session: Session) -> Updates:
+        self.room(session).open = ""
+        return self.refresh(session)
+
+    def show_statistics(self, session: Session, offset: str) -> Updates:
+        try:
+            east = max(-86_400.0, min(86_400.0, float(offset or 0)))
+        except ValueError:
+            east = 0.0
+        found, lang = statistics(self.room(session).desk.store, east), session.lang
+        some = bool(found.total.total)
+        return {
+            self.statistics: pages.statistics_page(lang, found),
+            self.days: gr.update(value=pages.days_figure(lang, found) if some else None, visible=some),
+            self.forecast: gr.update(value=pages.forecast_figure(lang, found) if some else None, visible=some),
+        }
+
+
+def _own_blueprint(
+    count: float, minutes: float, line: float, types: list[str] | None, subjects: list[str] | None, pause: bool
+) -> Blueprint:
+    """A mock exam of one's own: the questions spread evenly over the chosen types and subjects."""
+    cells = [(kind, subject) for kind in (types or [""]) for subject in (subjects or [""])]
+    total = max(1, min(1000, int(count or 1)))
+    cells = cells[:total]
+    sizes = [total // len(cells) + (at < total % len(cells)) for at in range(len(cells))]
+    parts = tuple(
+        Part(size, kind if kind in TYPES else "", subject) for size, (kind, subject) in zip(sizes, cells, strict=True)
+    )
+    titles = {lang: t(lang, "exam.mock") for lang in ("zh", "en")}
+    limit, share = max(1.0, min(1000.0, float(minutes or 1))), max(0.0, min(1.0, float(line or 0) / 100))
+    return Blueprint(OWN, titles, limit, parts, share, bool(pause))

@@ -1,0 +1,320 @@
+"""The Exam tab in Chromium: practice by mouse, a mock by keyboard alone, clock, restart, files, the model, phone, dark."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ming_app.exam.formats import read_bank, write_bank
+from ming_app.settings import Settings
+from tests.browser.conftest import Visit, engine
+from tests.exam.conftest import mixed
+
+pytestmark = pytest.mark.browser
+
+NAMES = {"en": {"exam": "Exam", "mock": "Mock exam", "statistics": "Statistics", "banks": "Banks", "data": "My data"}}
+NAMES["zh"] = {"exam": "练习", "mock": "模拟考试", "statistics": "统计", "banks": "题库管理", "data": "我的数据"}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path / "data")
+
+
+def room(v: Visit, lang: str = "en", pane: str = "") -> None:
+    v.page.get_by_role("tab", name=NAMES[lang]["exam"], exact=True).first.click()
+    v.page.wait_for_selector("#ming-exam-counts p")
+    if pane:
+        v.page.get_by_role("tab", name=NAMES[lang][pane], exact=True).click()
+
+
+def counter(v: Visit, text: str) -> None:
+    v.page.wait_for_function("text => document.querySelector('.ex-counter')?.innerText.includes(text)", arg=text)
+
+
+def cell(v: Visit, number: int) -> str:
+    return v.page.locator(".ex-cell").nth(number - 1).get_attribute("class")
+
+
+def tab_to(v: Visit, selector: str) -> None:
+    """Presses Tab until the focus is there."""
+    for _ in range(80):
+        v.page.keyboard.press("Tab")
+        if v.page.evaluate("selector => document.activeElement?.matches(selector)", selector):
+            return
+    raise AssertionError(f"{selector} cannot be reached by keyboard")
+
+
+def test_practising_by_mouse(serve: Any, visit: Any, settings: Settings) -> None:
+    v = visit(serve(engine(), settings))
+    room(v)
+    assert "40 questions" in v.text("#ming-exam-counts")
+    v.shot("exam-home-en")
+    v.page.click("#ming-exam-start")
+    counter(v, "Question 1 of 40")
+    assert v.page.is_hidden("#ming-exam-home") and v.page.is_disabled(".ex-submit")
+    v.page.locator(".ex-strike").nth(0).click()
+    v.page.locator(".ex-strike").nth(0).and_(v.page.locator("[aria-pressed=true]")).wait_for()
+    v.page.locator(".ex-chip[data-value=unsure]").click()
+    v.page.locator(".ex-pick").nth(1).click()
+    assert v.page.locator(".ex-pick").nth(1).get_attribute("aria-checked") == "true"
+    v.page.click(".ex-submit")
+    v.page.wait_for_selector(".ex-verdict:visible")
+    assert v.page.locator(".ex-option.ex-right").count() == 1 and len(v.text(".ex-explanation")) > 80
+    v.page.fill(".ex-note textarea", "look at the murmur")
+    if v.page.is_visible(".ex-cause"):
+        v.page.click(".ex-chip[data-value=misread]")
+    v.page.click(".ex-flag")
+    v.shot("exam-answered-en")
+    v.page.click(".ex-next")
+    counter(v, "Question 2 of 40")
+    assert v.page.is_hidden(".ex-verdict")
+    v.page.locator(".ex-cell").nth(0).click()
+    counter(v, "Question 1 of 40")
+    assert v.page.input_value(".ex-note textarea") == "look at the murmur"
+    assert "ex-flagged" in cell(v, 1) and ("ex-state-2" in cell(v, 1) or "ex-state-3" in cell(v, 1))
+    v.page.click(".ex-finish")
+    v.page.click(".ex-yes")
+    v.page.wait_for_selector("#ming-exam-result .er-score")
+    v.shot("exam-result-en")
+    v.page.click("#ming-exam-back")
+    v.page.wait_for_selector("#ming-exam-home", state="visible")
+    assert "1 answered before" in v.text("#ming-exam-counts") and "1 flagged" in v.text("#ming-exam-counts")
+    v.page.get_by_role("tab", name="Statistics", exact=True).click()
+    v.page.wait_for_selector("#ming-exam-statistics .er-table")
+    v.page.wait_for_selector("#ming-exam .plot-container")
+    v.shot("exam-statistics-en")
+    assert v.errors == [] and v.outside == []
+
+
+def test_a_mock_by_keyboard_alone_in_chinese(serve: Any, visit: Any, settings: Settings) -> None:
+    v = visit(serve(engine(), settings), locale="zh-CN")
+    tab_to(v, "[role=tab]")
+    while v.page.evaluate("document.activeElement.innerText") != "练习":
+        v.page.keyboard.press("Tab")
+    v.page.keyboard.press("Enter")
+    v.page.wait_for_selector("#ming-exam-counts p")
+    for _ in range(80):
+        v.page.keyboard.press("Tab")
+        if v.page.evaluate("document.activeElement.innerText") == "模拟考试":
+            break
+    v.page.keyboard.press("Enter")
+    v.page.wait_for_selector("#ming-exam-start-mock")
+    tab_to(v, "#ming-exam-start-mock")
+    v.page.keyboard.press("Enter")
+    counter(v, "第 1 题，共 20 题")
+    assert v.page.is_visible(".ex-clock") and v.text(".ex-clock b") in ("20:00", "19:59", "19:58")
+    for number in range(1, 21):
+        v.page.wait_for_function(
+            "n => document.querySelector('.ex-counter').innerText.includes(`第 ${n} 题`)", arg=number
+        )
+        v.page.keyboard.press("abcde"[number % 5] if number % 2 else "12345"[number % 5])
+        v.page.wait_for_selector(".ex-chosen")
+        if number == 3:
+            v.page.keyboard.press("f")
+            v.page.wait_for_selector(".ex-cell.ex-flagged")
+            v.shot("exam-mock-zh")
+        if number < 20:
+            v.page.keyboard.press("Enter" if number % 2 else "ArrowRight")
+    v.page.keyboard.press("Enter")
+    v.page.wait_for_selector(".ex-confirm:visible")
+    v.page.keyboard.press("Enter")  # the focus is on "yes"
+    v.page.wait_for_selector("#ming-exam-result .er-score")
+    assert "未作答" not in v.text("#ming-exam-result") and "及格线" in v.text("#ming-exam-result")
+    v.shot("exam-result-zh")
+    v.page.keyboard.press("ArrowLeft")
+    counter(v, "第 19 题")
+    assert v.errors == []
+
+
+def test_the_clock_hands_in_and_a_restart_loses_nothing(serve: Any, visit: Any, settings: Settings) -> None:
+    v = visit(serve(engine(), settings))
+    room(v, pane="mock")
+    v.page.click("#ming-exam-start-mock")
+    counter(v, "Question 1 of 20")
+    v.page.keyboard.press("b")
+    v.page.wait_for_selector(".ex-chosen")
+    v.page.keyboard.press("ArrowRight")
+    counter(v, "Question 2 of 20")
+    v.page.context.close()  # the tab is closed, and the server stopped
+    first = serve.pages[-1]
+    first.blocks.close(verbose=False)
+    first.exam.rooms.new().desk.store.close()
+
+    v = visit(serve(engine(), settings))
+    room(v)
+    assert "1 of 20" in v.page.input_value("#ming-exam-unfinished input")
+    v.page.click("#ming-exam-resume")
+    counter(v, "Question 2 of 20")
+    assert "ex-state-1" in cell(v, 1)
+    desk = serve.pages[-1].exam.rooms.new().desk
+    (sitting,) = desk.unfinished()
+    sitting.deadline = time.time() + 2
+    v.page.locator(".ex-pick").nth(0).click()  # the page learns of the new deadline
+    v.page.wait_for_selector("#ming-exam-result .er-score", timeout=15_000)
+    assert "handed in automatically" in v.text("#ming-exam-result").lower()
+    assert desk.unfinished() == [] and v.errors == []
+
+
+def test_an_unfolding_case_locks(serve: Any, visit: Any, settings: Settings, tmp_path: Path) -> None:
+    v = visit(serve(engine(), settings))
+    path = tmp_path / "types.jsonl"
+    path.write_bytes(write_bank(mixed(), "jsonl"))
+    room(v, pane="banks")
+    import_file(v, path)
+    v.page.click("#ming-exam-keep")
+    v.page.wait_for_function(
+        "() => document.querySelector('#ming-exam-message').innerText.includes('Imported: types, 14')"
+    )
+    v.page.get_by_role("tab", name="Practise", exact=True).click()
+    v.page.click("#ming-exam-start")
+    counter(v, "Question 1 of 14")
+    assert v.page.locator(".ex-cell").nth(7).is_disabled()  # part 2 of the A4 case
+    v.page.locator(".ex-cell").nth(6).click()
+    counter(v, "Question 7 of 14")
+    assert "locks" in v.text(".ex-hint") and v.text(".ex-case-text") == "Case 20."
+    v.page.click(".ex-next")
+    v.page.wait_for_selector(".ex-error:visible")
+    assert "unfolds" in v.text(".ex-error")
+    v.page.locator(".ex-pick").nth(0).click()
+    v.page.click(".ex-submit")
+    v.page.wait_for_selector(".ex-verdict:visible")
+    v.page.click(".ex-next")
+    counter(v, "Question 8 of 14")
+    assert "Question 20?" in v.text(".ex-told")
+    v.page.locator(".ex-cell").nth(12).click()
+    counter(v, "Question 13 of 14")
+    for number in (0, 2):
+        v.page.locator(".ex-pick").nth(number).click()
+    assert v.page.locator("[role=checkbox][aria-checked=true]").count() == 2
+    assert v.errors == []
+
+
+def import_file(v: Visit, path: Path) -> None:
+    with v.page.expect_file_chooser() as chooser:
+        v.page.click("#ming-exam-upload")
+    chooser.value.set_files(str(path))
+    v.page.wait_for_selector("#ming-exam-import .er", timeout=20_000)
+
+
+HOSTILE = "题目,A,B,答案\n<img src=x onerror=alert(1)>选？,<script>alert(2)</script>,乙,A\n坏题,甲,乙,Z\n"
+
+
+def test_files_come_in_and_go_out(serve: Any, visit: Any, settings: Settings, tmp_path: Path) -> None:
+    v = visit(serve(engine(), settings), locale="zh-CN")
+    path = tmp_path / "敌意题库.csv"
+    path.write_bytes(HOSTILE.encode("gb18030"))
+    room(v, "zh", "banks")
+    import_file(v, path)
+    assert "1 道题，1 行被拒绝" in v.text("#ming-exam-import") and "不在选项之中" in v.text("#ming-exam-import")
+    v.shot("exam-import-zh")
+    v.page.click("#ming-exam-keep")
+    v.page.wait_for_function("() => document.querySelector('#ming-exam-message').innerText.includes('已导入')")
+    with v.page.expect_download() as download:
+        v.page.click("#ming-exam-export")
+    (question,) = read_bank(Path(download.value.path()).read_bytes(), "x.jsonl").questions
+    assert question.stem == "<img src=x onerror=alert(1)>选？"
+    v.page.locator("#ming-exam-tabs").get_by_role("tab", name="练习", exact=True).click()
+    v.page.click("#ming-exam-start")
+    counter(v, "第 1 题")
+    assert v.text(".ex-stem") == question.stem and v.page.locator(".ex img[src=x], .ex script").count() == 0
+    assert v.dialogs == [] and v.errors == []
+
+
+def test_the_model_helps(serve: Any, visit: Any, settings: Settings) -> None:
+    v = visit(serve(engine("Because of the **heart**."), settings))
+    room(v)
+    v.page.click("#ming-exam-start")
+    counter(v, "Question 1 of 40")
+    v.page.click("#ming-exam-ai-explain")
+    v.page.wait_for_function(
+        "() => document.querySelector('#ming-exam-help-note').innerText.includes('give the key away')"
+    )
+    v.page.locator(".ex-pick").nth(0).click()
+    v.page.click(".ex-submit")
+    v.page.wait_for_selector(".ex-verdict:visible")
+    v.page.click("#ming-exam-ai-explain")
+    v.page.wait_for_function(
+        "() => document.querySelector('#ming-exam-help-text')?.innerText.includes('Because of the heart.')"
+    )
+    v.page.wait_for_selector("#ming-exam-ai-stop", state="hidden")
+    v.page.click("#ming-exam-ai-answer")
+    v.page.wait_for_selector(".ex-chance")
+    assert "The model chose" in v.text("#ming-exam-help-note") and v.page.locator(".ex-chance").count() == 5
+    v.shot("exam-model-en")
+    v.page.click("#ming-exam-ai-chat")
+    v.page.wait_for_selector("#ming-chat [data-testid=bot]", state="visible")
+    assert "Because of the" in v.text("#ming-chat")
+    v.page.get_by_role("tab", name="Exam", exact=True).first.click()
+    counter(v, "Question 1 of 40")  # still there
+    assert v.errors == []
+
+
+def test_progress_stays_in_the_browser_where_the_server_keeps_none(serve: Any, visit: Any, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path / "data", progress="browser")
+    v = visit(serve(engine(), settings))
+    room(v)
+    v.page.click("#ming-exam-start")
+    counter(v, "Question 1 of 40")
+    v.page.locator(".ex-pick").nth(0).click()
+    v.page.click(".ex-submit")
+    v.page.wait_for_selector(".ex-verdict:visible")
+    v.until(lambda: '"answers"' in (v.page.evaluate("localStorage.getItem('ming.exam')") or ""))
+    v.page.reload()
+    v.page.wait_for_selector("html[data-ming=ready]")
+    room(v)
+    v.page.wait_for_function(
+        "() => document.querySelector('#ming-exam-counts').innerText.includes('1 answered before')"
+    )
+    v.page.click("#ming-exam-resume")
+    counter(v, "Question 1 of 40")
+    assert v.page.is_visible(".ex-verdict") and not (tmp_path / "data").exists()
+    v.page.click(".ex-leave")
+    room(v, pane="data")
+    v.page.click("#ming-exam-data-delete")
+    v.page.click("#ming-exam-data-yes")
+    v.page.wait_for_function("() => document.querySelector('#ming-exam-message').innerText.includes('deleted')")
+    assert v.page.evaluate("localStorage.getItem('ming.exam')") is None and v.errors == []
+
+
+@pytest.mark.parametrize(("scheme", "locale"), [("dark", "zh-CN"), ("light", "en-US")])
+def test_on_a_phone(serve: Any, visit: Any, settings: Settings, scheme: str, locale: str) -> None:
+    v = visit(serve(engine(), settings), locale=locale, width=390, height=844, scheme=scheme)
+    lang = "zh" if locale == "zh-CN" else "en"
+    room(v, lang)
+    v.shot(f"exam-home-phone-{lang}")
+    v.page.click("#ming-exam-start")
+    v.page.wait_for_selector(".ex-option")
+    v.page.locator(".ex-pick").nth(2).click()
+    v.page.click(".ex-submit")
+    v.page.wait_for_selector(".ex-verdict:visible")
+    v.shot(f"exam-phone-{lang}")
+    assert v.page.evaluate("document.documentElement.scrollWidth") <= 390
+    for selector in (".ex-next", ".ex-pick", ".ex-flag"):
+        assert v.page.locator(selector).first.bounding_box()["height"] >= 32
+    assert v.errors == []
+
+
+def test_the_next_question_comes_at_once(serve: Any, visit: Any, settings: Settings) -> None:
+    """No timed test: it prints what a benchmark would, and fails only when it is far off."""
+    v = visit(serve(engine(), settings))
+    room(v)
+    v.page.click("#ming-exam-start")
+    counter(v, "Question 1 of 40")
+    times = []
+    for number in range(2, 12):
+        took = v.page.evaluate(
+            """number => new Promise(done => {
+              const begin = performance.now();
+              new MutationObserver(() => { if (document.querySelector('.ex-counter').innerText.includes(`Question ${number} of`)) done(performance.now() - begin); })
+                .observe(document.querySelector('.ex-counter'), { childList: true, characterData: true, subtree: true });
+              document.querySelector('.ex-next').click();
+            })""",
+            number,
+        )
+        times.append(took)
+    print(f"next question: {sorted(times)[len(times) // 2]:.0f} ms median, {max(times):.0f} ms at most")
+    assert sorted(times)[len(times) // 2] < 2000
