@@ -15,6 +15,7 @@ from ming_app.errors import UsageError
 from ming_app.settings import Settings
 
 ACTIONS = ("grade", "case", "check", "convert", "banks")
+TRACED = 200  # questions in one trace
 SHOWN = 20  # rejected rows on the terminal; JSON has all
 
 
@@ -58,6 +59,14 @@ def add_exam_parser(commands: Any, t: Callable[[str, str], str], parents: list[a
         "--out",
         metavar="FILE",
         help=t("every answer as a JSON line; resumes from it", "逐题结果（JSON 行），可断点续评"),
+    )
+    grade.add_argument(
+        "--trace",
+        metavar="FILE",
+        help=t(
+            "which experts fired on questions answered right and wrong; look at it with: trace report",
+            "保存答对与答错题目的专家轨迹，用 trace report 查看",
+        ),
     )
     made["case"].add_argument("--id", required=True, metavar="ID", help=t("of the question", "题目编号"))
     made["case"].add_argument(
@@ -201,17 +210,23 @@ def _grade(args: argparse.Namespace, settings: Settings, console: Console, load_
     asked = spread(read.questions, args.limit)
     if not asked:
         raise UsageError("There is no question to ask.", "没有可作答的题目。")
+    if args.trace and not args.trace.endswith((".npz", ".json")):
+        raise UsageError("A trace file ends in .npz or .json.", "轨迹文件应以 .npz 或 .json 结尾。")
     if args.no_adapter:
         settings = settings.with_(adapter="none")
     with closing(load_engine(settings, console.progress)) as engine:
         both = args.compare and engine.info.num_experts > 0
         runs = {"": ()} | ({"base": BASE} if both else {})
         values: dict[str, Any] = {}
+        attempts_by_key: dict[str, Any] = {}
         for name, changes in runs.items():
             attempts, too_long = _sit(args, console, engine, asked, name, changes)
+            attempts_by_key = attempts_by_key or {one.key: one for one in attempts}
             found = report(attempts) | {"too_long": too_long}
             _print(found, console, name or engine.info.title)
             values |= found if not name else {name: found}
+        if args.trace:
+            values["trace"] = _trace(args, console, engine, asked, attempts_by_key)
         return values | {
             "model": engine.info.model,
             "precision": engine.info.precision,
@@ -237,6 +252,32 @@ def _sit(args: argparse.Namespace, console: Console, engine: Any, asked: Any, na
         meter.update(number, force=number == total)
 
     return sit_exam(engine, asked, shuffles=args.shuffles, changes=changes, done=done, tick=tick)
+
+
+def _trace(args: argparse.Namespace, console: Console, engine: Any, asked: Any, attempts: dict[str, Any]) -> str:
+    """The routing of the prompts of up to TRACED questions, each a text labelled right or wrong."""
+    from ming_app.engine.types import SamplingParams, Start
+    from ming_app.exam.wording import ask_for_letter
+    from ming_app.models.progress import Meter
+    from ming_app.molora.trace import Segment, merge
+
+    if not engine.info.num_experts:
+        raise UsageError("This model has no experts, so there is nothing to trace.", "该模型没有专家，无轨迹可记录。")
+    known = [(question, earlier) for question, earlier in asked if question.key in attempts]
+    count = min(TRACED, len(known))
+    known = [known[i * len(known) // count] for i in range(count)]
+    meter = Meter(console.progress, "measure", count, "steps")
+    found = []
+    for number, (question, earlier) in enumerate(known, 1):
+        with closing(engine.stream(ask_for_letter(question, (), earlier), SamplingParams(1, temperature=0))) as events:
+            start = next(event for event in events if isinstance(event, Start))
+        if start.trace is not None:
+            one = attempts[question.key]
+            labels = {"graded": "right" if one.correct else "wrong", "language": question.lang, "type": question.type}
+            found.append((start.trace, Segment(0, question.stem[:80], labels)))
+        meter.update(number, force=number == count)
+    merge(found).save(args.trace)
+    return str(args.trace)
 
 
 def _print(found: dict[str, Any], console: Console, title: str) -> None:

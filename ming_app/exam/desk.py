@@ -35,6 +35,8 @@ class Choice:
     tags: Mapping[str, Collection[str]] = field(default_factory=dict)
     count: int = 0
     """at most so many (a group is never cut); 0: all"""
+    causes: Collection[str] = ()
+    """only what was wrong for one of these causes (store.CAUSES); empty: whatever the cause"""
     mode: str = "tutor"
     shuffle_options: bool = True
     partial: bool = False
@@ -99,6 +101,9 @@ class Desk:
             "wrong": lambda: store.wrong(name),
             "flagged": lambda: store.flagged(name),
         }[choice.only]()
+        if choice.causes:
+            caused = store.caused(name, choice.causes)
+            keys = caused if keys is None else [key for key in keys if key in caused]
         found = bank.select(choice.tags, keys)
         if choice.order == "shuffled":
             return shuffled(found, secrets.randbits(32))

@@ -400,6 +400,12 @@ class Store:
     def flagged(self, bank: str) -> set[str]:
         return {key for (key,) in self.rows("SELECT key FROM marks WHERE bank=? AND flagged", [bank])}
 
+    def caused(self, bank: str, causes: Iterable[str]) -> set[str]:
+        """Keys of the questions that were wrong for one of these causes."""
+        wanted = set(causes)
+        found = self.rows("SELECT key, cause FROM marks WHERE bank=? AND cause<>''", [bank])
+        return {key for key, cause in found if cause in wanted}
+
     def wrong(self, bank: str) -> dict[str, int]:
         """The wrong book: key -> misses, of what was missed and not yet answered right MASTERED times in a row since."""
         sql = "SELECT key, wrong FROM tally WHERE bank=? AND wrong>0 AND streak<? ORDER BY wrong DESC, at DESC"

@@ -27,6 +27,8 @@ from ming_app.exam.candidate import (
 from ming_app.exam.formats import read_bank, write_bank
 from ming_app.exam.measures import wilson
 from ming_app.exam.wording import ask_for_letter, whole_stem
+from ming_app.molora.trace import RouterTrace
+from ming_app.router.groups import groupings
 from tests.exam.conftest import group, mixed, question
 from tests.fakes import FakeEngine
 from tests.tiny import make_engine
@@ -167,11 +169,24 @@ def test_grade_writes_every_answer_and_resumes(capsys: pytest.CaptureFixture[str
     assert len(lines) == len(mixed()) and Path(out).read_text().splitlines() == lines and again == first
 
 
+def test_grade_saves_which_experts_fired_on_right_and_wrong(
+    capsys: pytest.CaptureFixture[str], bank: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "graded.npz")
+    code, values, _ = run(capsys, "exam", "grade", "--bank", bank, "--trace", out)
+    trace = RouterTrace.load(out)
+    labels = [segment.labels["graded"] for segment in trace.segments]
+    assert code == 0 and values["trace"] == out and len(labels) == len(mixed())
+    assert labels.count("right") == round(values["accuracy"] * values["n"])
+    assert "graded" in [grouping.kind for grouping in groupings(trace)]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["grade", "--bank", "nowhere.jsonl"], "no bank has that name"),
         (["grade", "--bank", "BANK", "--limit", "-1"], "negative"),
+        (["grade", "--bank", "BANK", "--trace", "x.txt"], "ends in .npz"),
         (["convert", "--bank", "BANK", "--out", "x.docx"], "must end in"),
     ],
 )

@@ -59,7 +59,7 @@ def do(tab: ExamTab, session: Session, action: str, value: Any = None, **more: A
 
 def begin(tab: ExamTab, session: Session, mode: str = "tutor", shuffle: bool = False) -> dict[str, Any]:
     bank = session.exam.bank
-    found = tab.practise(session, bank, "all", "sequential", mode, [], [], [], [], 0, shuffle, False)
+    found = tab.practise(session, bank, "all", "sequential", mode, [], [], [], [], [], 0, shuffle, False)
     return names(tab, found)
 
 
@@ -183,6 +183,7 @@ def test_a_mock_ends_with_a_result(made: Any) -> None:
         and "0.666667 of 14 points" in done["result"]
         and "Below the pass line" in done["result"]
     )
+    assert done["result"].count('<tr><td class="er-number">') == 14
     assert done["after_row"]["visible"] and done["card"]["question"]["revealed"]["key"]
     again = names(tab, tab.repeat_wrong(session))
     assert again["card"]["kind"] == "practice" and again["card"]["count"] == 14
@@ -190,10 +191,27 @@ def test_a_mock_ends_with_a_result(made: Any) -> None:
 
 def test_choices_that_fit_nothing_are_said(made: Any) -> None:
     tab, session = made()
-    found = tab.practise(session, session.exam.bank, "due", "sequential", "tutor", [], [], [], [], 0, False, False)
+    found = tab.practise(session, session.exam.bank, "due", "sequential", "tutor", [], [], [], [], [], 0, False, False)
     assert "No question fits" in names(tab, found)["message"]
-    gone = names(tab, tab.practise(session, "nowhere", "all", "sequential", "tutor", [], [], [], [], 0, False, False))
+    gone = names(
+        tab, tab.practise(session, "nowhere", "all", "sequential", "tutor", [], [], [], [], [], 0, False, False)
+    )
     assert "no bank called" in gone["message"]
+
+
+def test_the_wrong_book_by_cause(made: Any) -> None:
+    tab, session = made()
+    begin(tab, session)
+    for index, cause in enumerate(("misread", "time", "knowledge")):
+        do(tab, session, "submit", "A", index=index)
+        do(tab, session, "cause", cause, index=index)
+    room = session.exam
+    tab.practise(
+        session, room.bank, "wrong", "sequential", "tutor", [], [], [], [], ["time", "misread"], 0, False, False
+    )
+    assert [q.stem for q in room.sitting.questions] == ["Question 0?", "Question 1?"]
+    tab.practise(session, room.bank, "all", "sequential", "tutor", [], [], [], [], ["knowledge"], 0, False, False)
+    assert [q.stem for q in room.sitting.questions] == ["Question 2?"]
 
 
 def test_filters_by_tags(made: Any) -> None:
@@ -203,7 +221,7 @@ def test_filters_by_tags(made: Any) -> None:
     labels = [update for update in tab.refresh(session).values() if isinstance(update, dict) and update.get("choices")]
     assert any(("Cardiology (2)", "Cardiology") in update["choices"] for update in labels)
     found = tab.practise(
-        session, session.exam.bank, "all", "sequential", "tutor", ["A1"], ["Neurology"], [], [], 0, False, False
+        session, session.exam.bank, "all", "sequential", "tutor", ["A1"], ["Neurology"], [], [], [], 0, False, False
     )
     assert names(tab, found)["card"]["count"] == 2
 
@@ -274,6 +292,38 @@ def test_the_model_answers_beside_the_student_and_the_key_stands(made: Any) -> N
     assert "The model chose D" in found["note"] and "differs from the bank&#x27;s key B" in found["note"]
     shown = found["card"]["question"]["revealed"]
     assert shown["model"]["choice"] == "D" and shown["key"] == "B" and shown["correct"]
+
+
+def test_the_model_sits_the_same_exam(made: Any) -> None:
+    engine = FakeEngine(" ACD")
+    engine.score = lambda prefix, letters, changes=(): [-1.0 if letter == " B" else -3.0 for letter in letters]  # type: ignore[method-assign]
+    tab, session = made(engine)
+    begin(tab, session, "exam")
+    do(tab, session, "choose", "B", index=0)
+    do(tab, session, "choose", "C", index=1)
+    refused = names(tab, next(tab.help.sit_beside(session)))
+    assert "does not help" in refused["note"]
+    do(tab, session, "finish")
+    steps = [names(tab, updates) for updates in tab.help.sit_beside(session)]
+    assert "question 1 of 14" in steps[0]["note"] and len(steps) == 15
+    right = sum(q.answer == ("B",) or q.type == "X" for q in mixed())
+    assert f"The model: {right} of 14 right. You: 1 of 14. Both right 1, only you 0" in steps[-1]["note"]
+    assert steps[-1]["card"]["question"]["revealed"]["model"]["choice"] == "B"
+    assert len(list(tab.help.sit_beside(session))) == 1  # nothing is asked twice
+
+
+def test_base_and_adapted_model_are_compared(made: Any) -> None:
+    engine = FakeEngine("Reasons.")
+    engine.score = lambda prefix, letters, changes=(): [float(len(changes) - i) for i in range(len(letters))]  # type: ignore[method-assign]
+    tab, session = made(engine)
+    begin(tab, session)
+    do(tab, session, "submit", "A")
+    steps = [names(tab, updates) for updates in tab.help.compare_models(session)]
+    assert "Reasons." in steps[-1]["case"] and steps[-1]["print"]["visible"]
+    saved = names(tab, tab.help.save_case(session))["download"]["value"]
+    assert "Reasons." in Path(saved).read_text(encoding="utf-8")
+    moved = do(tab, session, "go", index=1)
+    assert moved["case"] == ""
 
 
 def test_going_on_in_the_chat(made: Any) -> None:

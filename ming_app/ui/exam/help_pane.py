@@ -12,7 +12,7 @@ import gradio as gr
 
 from ming_app.case_view import case_html, case_page, study
 from ming_app.engine.types import SamplingParams
-from ming_app.errors import MingError
+from ming_app.errors import MingError, StoppedError
 from ming_app.exam.bank import letters_shown
 from ming_app.exam.candidate import Attempt, attempt
 from ming_app.exam.sitting import Sitting
@@ -44,7 +44,7 @@ class HelpPane:
     def __init__(self, tab: ExamTab):
         self.tab, self.words, self.do, self.session = tab, tab.words, tab.do, tab.session
         words = self.words
-        with gr.Column(elem_id="ming-exam-help"):
+        with gr.Column(elem_id="ming-exam-help") as self.box:
             words(
                 gr.HTML,
                 lambda lang: {
@@ -89,9 +89,10 @@ class HelpPane:
                     lambda words: experts.panel("en", "ming-exam-panel"), lambda lang: {"words": experts.words(lang)}
                 )
 
-    def cleared(self) -> Updates:
-        """For another question: nothing said yet."""
+    def cleared(self, allowed: bool) -> Updates:
+        """For another question: nothing said yet. `allowed`: whether the model may help at all now."""
         return {
+            self.box: gr.update(visible=allowed),
             self.note: "",
             self.text: gr.update(value="", visible=False),
             self.panel_box: gr.update(visible=False),
@@ -109,6 +110,10 @@ class HelpPane:
         running.append(self.candidate.click(self.let_model_answer, [session], [self.tab.card, *seen], **QUEUED))
         shown = [self.note, self.case, self.print, self.stop]
         running.append(self.compare.click(self.compare_models, [session], shown, **QUEUED))
+        tab = self.tab
+        running.append(
+            tab.beside.click(self.sit_beside, [session], [tab.card, self.box, self.note, self.stop], **QUEUED)
+        )
         saved = self.print.click(self.save_case, [session], [self.tab.panes.download], **QUIET)
         saved.success(None, [self.tab.panes.download], None, js="(file) => ming.save(file)")
         self.stop.click(self.stop_help, [session], None, **QUIET).then(None, cancels=running).then(
@@ -194,6 +199,30 @@ class HelpPane:
         yield {
             self.tab.card: payload.card(room, lang),
             self.note: pages.told(lang, _opinion(lang, sitting, index, found)),
+        }
+
+    def sit_beside(self, session: Session) -> Iterator[Updates]:
+        """The model answers the whole paper after the student, question by question; what is answered stays."""
+        lang = session.lang
+        try:
+            room, sitting = self._asked(session, True)
+            room.stop_case = cancel = threading.Event()
+            total = len(sitting.questions)
+            for index, question in enumerate(sitting.questions):
+                if cancel.is_set():
+                    raise StoppedError("Stopped.", "已停止。")
+                if question.key not in room.attempts:
+                    wait = pages.told(lang, t(lang, "exam.result.beside_wait", i=index + 1, n=total))
+                    yield {self.box: gr.update(visible=True), self.note: wait, self.stop: gr.update(visible=True)}
+                    earlier = payload.earlier_parts(sitting, index)
+                    room.attempts[question.key] = attempt(self.do.loader.state.engine, question, earlier)
+        except MingError as error:
+            yield {self.note: pages.told(lang, "", error), self.stop: gr.update(visible=False)}
+            return
+        yield {
+            self.tab.card: payload.card(room, lang),
+            self.note: pages.told(lang, pages.beside(lang, sitting, room.attempts)),
+            self.stop: gr.update(visible=False),
         }
 
     def compare_models(self, session: Session) -> Iterator[Updates]:

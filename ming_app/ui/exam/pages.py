@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from ming_app.errors import MingError
+from ming_app.exam.bank import letters_shown
+from ming_app.exam.candidate import Attempt
 from ming_app.exam.formats import FORMATS, Import
 from ming_app.exam.question import TYPES
 from ming_app.exam.sitting import Drawn, Sitting
@@ -44,9 +46,7 @@ def shares_table(lang: str, title: str, kind: str, shares: Sequence[Share]) -> s
     )
     heads = [title, t(lang, "exam.result.share"), t(lang, "exam.result.n"), t(lang, "exam.result.seconds")]
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    return (
-        f'<h3>{escape(title)}</h3><table class="er-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-    )
+    return f'<table class="er-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
 
 
 def result_page(lang: str, title: str, sitting: Sitting, found: Result) -> str:
@@ -78,8 +78,36 @@ def result_page(lang: str, title: str, sitting: Sitting, found: Result) -> str:
     )
     return (
         f'<div class="er" role="status"><h2>{escape(t(lang, "exam.result.title"))}: {escape(title)}</h2>'
-        f'<p class="er-score">{escape(score)}</p>{verdict}{time_up}<p class="er-muted">{escape(" · ".join(facts))}</p>{tables}</div>'
+        f'<p class="er-score">{escape(score)}</p>{verdict}{time_up}<p class="er-muted">{escape(" · ".join(facts))}</p>{tables}{_each(lang, sitting)}</div>'
     )
+
+
+def _each(lang: str, sitting: Sitting) -> str:
+    """Every question with answer, key and time, folded away."""
+    heads = ("exam.result.number", "exam.result.answer", "exam.result.key", "exam.result.seconds")
+    head = "".join(f'<th scope="col">{escape(t(lang, key))}</th>' for key in heads)
+    rows = ""
+    for at, (question, given) in enumerate(zip(sitting.questions, sitting.grades(), strict=True)):
+        response, order = sitting.response(at), sitting.order(at)
+        chosen = letters_shown(order, response.chosen) or "–"
+        mark = "✓" if given.correct else "✗"
+        rows += (
+            f'<tr><td class="er-number">{at + 1}</td><td>{mark} {chosen}</td>'
+            f'<td>{letters_shown(order, question.answer)}</td><td class="er-number">{response.seconds:.0f}</td></tr>'
+        )
+    return (
+        f'<details><summary>{escape(t(lang, "exam.result.each"))}</summary><div class="er-scroll">'
+        f'<table class="er-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
+    )
+
+
+def beside(lang: str, sitting: Sitting, attempts: Mapping[str, Attempt]) -> str:
+    """The student's right answers and the model's, counted together."""
+    mine = [given.correct for given in sitting.grades()]
+    its = [attempts[question.key].correct for question in sitting.questions]
+    both = sum(a and b for a, b in zip(mine, its, strict=True))
+    counts = {"model": sum(its), "you": sum(mine), "n": len(mine), "both": both}
+    return t(lang, "exam.result.beside_done", **counts, only_you=sum(mine) - both, only_model=sum(its) - both)
 
 
 def statistics_page(lang: str, found: Statistics) -> str:

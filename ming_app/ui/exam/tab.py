@@ -15,6 +15,7 @@ from ming_app.exam.desk import ONLY, ORDERS, Choice
 from ming_app.exam.question import TYPES
 from ming_app.exam.sitting import MODES, PRESETS, Blueprint, Part, Sitting
 from ming_app.exam.statistics import result, statistics
+from ming_app.exam.store import CAUSES
 from ming_app.settings import Settings
 from ming_app.ui.assets import read
 from ming_app.ui.bilingual import Bilingual, Words, labelled, valued
@@ -117,6 +118,16 @@ class ExamTab:
                     ("more", "exam.more_tag"),
                 )
             }
+            self.causes = words(
+                gr.Dropdown,
+                lambda lang: {
+                    "label": t(lang, "exam.causes"),
+                    "choices": [(t(lang, f"exam.card.cause_{cause}"), cause) for cause in CAUSES],
+                },
+                multiselect=True,
+                interactive=True,
+                min_width=180,
+            )
             self.count = words(gr.Number, labelled("exam.count"), value=0, precision=0, minimum=0, min_width=140)
         with gr.Row():
             self.shuffle = words(gr.Checkbox, labelled("exam.shuffle_options"), value=True, min_width=180)
@@ -154,6 +165,7 @@ class ExamTab:
         self.result = gr.HTML("", apply_default_css=False, elem_id="ming-exam-result")
         with gr.Row(visible=False, elem_id="ming-exam-after") as self.after_row:
             self.again = self.button("exam.result.again", "ming-exam-again")
+            self.beside = self.button("exam.result.beside", "ming-exam-beside")
             self.home = self.button("exam.result.home", "ming-exam-back", primary=True)
         self.card = words(
             lambda words: gr.HTML(
@@ -200,6 +212,7 @@ class ExamTab:
             self.run_box,
             self.result,
             self.after_row,
+            self.help.box,
             self.help.option,
             self.help.note,
             self.help.text,
@@ -226,6 +239,7 @@ class ExamTab:
             self.bank,
             *self.radios.values(),
             *self.tags.values(),
+            self.causes,
             self.count,
             self.shuffle,
             self.partial,
@@ -351,7 +365,7 @@ class ExamTab:
         found[self.help.option] = gr.update(
             choices=[(chr(65 + at), letter) for at, letter in enumerate(letters)], value=letters[0]
         )
-        found |= self.help.cleared()
+        found |= self.help.cleared(sitting.mode == "tutor" or over)
         return found
 
     def with_changes(self, session: Session, found: Updates) -> Updates:
@@ -409,13 +423,13 @@ class ExamTab:
         return self.refresh(session)
 
     def practise(self, session: Session, bank: str | None, only: str, order: str, mode: str, *rest: Any) -> Updates:
-        *tags, count, shuffle, partial = rest
+        *tags, causes, count, shuffle, partial = rest
         wanted: dict[str, list[str]] = {}
         for name, values in zip(self.tags, tags, strict=True):
             for value in values or []:
                 tag, _, word = value.partition("=") if name == "more" else (name, "", value)
                 wanted.setdefault(tag, []).append(word)
-        choice = Choice(only, order, wanted, int(count or 0), mode, bool(shuffle), bool(partial))
+        choice = Choice(only, order, wanted, int(count or 0), causes or (), mode, bool(shuffle), bool(partial))
         return self._begun(session, lambda room: room.practise(bank or "", choice))
 
     def begin_mock(
