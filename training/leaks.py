@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from training.exam import Question, read_questions
+from ming_app.exam.question import Question
+from training.exam import read_questions
 from training.readers import ChatRow, language_of, read_chats
 from training.records import read_rows
 

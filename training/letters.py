@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ming_app.engine.inspection import ANSWER_PREFIX
 from ming_app.engine.types import Backend
+from ming_app.exam.question import Question
+from ming_app.exam.wording import LETTER_JOIN, ask_for_letter
 from training.chat import ChatTokenizer, Encoded, Turn
 from training.errors import DataError
-from training.exam import ANSWER_PREFIX, ASK_LETTER, LETTER_JOIN, Question, exam_prompt, read_questions
+from training.exam import read_questions
 from training.packing import Sample, pack
 from training.step import hidden_states, packed
 
@@ -50,7 +53,7 @@ def letter_task(question: Question, tokenizer: ChatTokenizer, system: str) -> Le
     shared = 0
     while all(len(ids) > shared and ids[shared] == answers[0][shared] for ids in answers):
         shared += 1
-    turns = [Turn("user", exam_prompt(question, ASK_LETTER[lang][0]))]
+    turns = [Turn(turn.role, turn.content) for turn in ask_for_letter(question)]
     ids = [*tokenizer.encode_prompt(turns, "", system), *answers[0][:shared]]
     right = list(question.options).index(question.answer[0])
     return LetterTask(question, ids, [answer[shared] for answer in answers], right)
@@ -108,7 +111,7 @@ def read_exam(path: str | Path, limit: int = 0) -> tuple[list[Question], int]:
     With a `limit`, that many spread evenly over the file (banks are often sorted by source); 0: all.
     """
     questions = list(read_questions(path))
-    single = [question for question in questions if not question.multiple]
+    single = [question for question in questions if not question.kind.multiple]
     left_out = len(questions) - len(single)
     if 0 < limit < len(single):
         single = [single[i * len(single) // limit] for i in range(limit)]

@@ -1,7 +1,7 @@
 """Measures of answers, as pure functions on text and numbers. Each states what it counts.
 
-Accuracy with Wilson's interval, calibration (expected calibration error, Guo et al. 2017, arXiv 1706.04599), strict-match
-F1, ROUGE-L (Lin 2004), repetition, and whether an answer is in the language it was asked in.
+Strict-match F1, ROUGE-L (Lin 2004), repetition, and whether an answer is in the language it was asked in. Wilson's interval
+and calibration are ming_app.exam.measures'.
 """
 
 from __future__ import annotations
@@ -12,39 +12,11 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-
 from training.readers import HAN, language_of
 
 UNIT = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W_]+")
 NGRAM = 4  # units of a repeated sequence
 LOOP = 3  # times in a row that a sequence must stand to be a loop
-
-
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, zz = right / n, z * z
-    centre = (p + zz / (2 * n)) / (1 + zz / n)
-    half = z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def calibration(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> dict[str, object]:
-    """{"ece", "bins": [{"from", "to", "n", "confidence", "accuracy"}]}: bins of equal width, empty ones left out;
-    ece is the mean gap between confidence and accuracy, weighted by n."""
-    c, r = np.asarray(confidence, float), np.asarray(right, float)
-    which = np.minimum((c * bins).astype(int), bins - 1)
-    table, gap = [], 0.0
-    for i in range(bins):
-        here = which == i
-        if here.any():
-            row = {"from": i / bins, "to": (i + 1) / bins, "n": int(here.sum())}
-            row |= {"confidence": float(c[here].mean()), "accuracy": float(r[here].mean())}
-            table.append(row)
-            gap += abs(row["confidence"] - row["accuracy"]) * row["n"]
-    return {"ece": gap / len(c) if len(c) else math.nan, "bins": table}
 
 
 def tidy(text: str) -> str:

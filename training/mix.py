@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from ming_app.exam.question import Question
 from training.chat import ChatTokenizer
 from training.errors import DataError
-from training.exam import Question, letter_row, read_questions, reasoning_row
+from training.exam import letter_row, read_questions, reasoning_row
 from training.leaks import LeakIndex
 from training.licences import Licence, licence_of, needs_tags
 from training.packing import Batch, Sample, pack
@@ -244,7 +245,7 @@ def _places(rows: Sequence[ChatRow | Question], seed: str) -> dict[str, str]:
     every letter comes equally often, so that no batch teaches the model to like one letter."""
     rng = random.Random(f"{seed} letters")
     places: dict[str, str] = {}
-    questions = [row for row in rows if isinstance(row, Question) and not row.multiple]
+    questions = [row for row in rows if isinstance(row, Question) and not row.kind.multiple]
     bag: dict[int, list[str]] = {}
     for question in sorted(questions, key=lambda q: (len(q.stem) + sum(map(len, q.options.values())), q.id)):
         letters = list(question.options)

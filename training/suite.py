@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 
 from ming_app.engine.types import Backend
+from ming_app.exam.measures import calibration, wilson
+from ming_app.exam.question import Question
 from training.answers import Generated, greedy_answers
 from training.chat import DEFAULT_SYSTEM, ChatTokenizer
 from training.errors import DataError
-from training.exam import Question, shuffle_options
+from training.exam import shuffle_options
 from training.letters import Scorer, letter_task, read_exam
 from training.metrics import (
-    calibration,
     entities,
     in_language,
     lines,
@@ -39,7 +40,6 @@ from training.metrics import (
     rouge_l,
     strict_f1,
     tidy,
-    wilson,
 )
 from training.mix import is_held_out
 from training.readers import ChatRow, read_chats
@@ -118,7 +118,7 @@ def measure_exam(suite: Suite, exam: Exam, scorer: Scorer, tokenizer: ChatTokeni
         **accuracy(right),
         "left_out": left_out,
         "chosen": dict(sorted(Counter(map(_letter, picks)).items())),
-        "by_type": _parts(right, [question.type or "single" for question in questions]),
+        "by_type": _parts(right, [question.type for question in questions]),
         "by_subject": _parts(right, [_subject(question) for question in questions]),
         "by_lang": _parts(right, [question.lang for question in questions]),
         "calibration": calibration(confidence, right),

@@ -23,7 +23,7 @@ from ming_app.molora.trace import RouterTrace, TraceToken
 
 CHUNK = 64  # tokens per call: [CHUNK, V] float32 logits are held twice at most
 OTHERS = 5
-LETTER_PREFIX = {"zh": "答案：", "en": "Answer:"}  # what an exam answer begins with, as the adapters were trained
+ANSWER_PREFIX = {"zh": "答案：", "en": "Answer:"}  # what an exam answer begins with, as the adapters were trained
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def option_probabilities(
     if not question or not letters:
         return []
     lang = "zh" if any("\u4e00" <= c <= "\u9fff" for c in question[-1].content) else "en"
-    prefix = [*question, Message("assistant", LETTER_PREFIX[lang])]
+    prefix = [*question, Message("assistant", ANSWER_PREFIX[lang])]
     texts = [letter if lang == "zh" else f" {letter}" for letter in letters]
     shares = []
     for asked in ((), interventions):

@@ -17,13 +17,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ming_app.engine.inspection import ANSWER_PREFIX
 from ming_app.engine.types import EngineInfo, Intervention, Message, SamplingParams, Token
 from ming_app.errors import MingError, PromptTooLongError, StoppedError
 from ming_app.exam.bank import option_order
 from ming_app.exam.grade import grade
 from ming_app.exam.measures import calibration, wilson
 from ming_app.exam.question import Question
-from ming_app.exam.wording import ANSWER_PREFIX, LETTER_JOIN, ask_for_letter
+from ming_app.exam.wording import LETTER_JOIN, ask_for_letter
 
 BASE = (Intervention("base"),)
 """the model without its experts and its attention LoRA"""

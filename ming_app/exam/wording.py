@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from ming_app.engine.types import Message
 from ming_app.exam.question import Question
 
-ANSWER_PREFIX: Mapping[str, str] = {"zh": "答案：", "en": "Answer:"}
-"""What the answer starts with; the letter follows, in English after a space (" C" is one token, a bare "C" is not)."""
 LETTER_JOIN: Mapping[str, str] = {"zh": "", "en": " "}
+"""What stands between the answer prefix and the letter: in English " C" is one token, a bare "C" is not."""
 EXPLANATION_PREFIX: Mapping[str, str] = {"zh": "解析：", "en": "Explanation: "}
 
 ASK_LETTER: Mapping[str, tuple[str, ...]] = {

@@ -9,11 +9,10 @@ import pytest
 
 from ming_app.exam import schedule
 from ming_app.exam.desk import Desk
-from ming_app.exam.measures import calibration, wilson
 from ming_app.exam.sitting import Response, Sitting
 from ming_app.exam.statistics import result, statistics
 from ming_app.exam.store import Store
-from tests.exam.conftest import Clock, mixed, question
+from tests.exam.conftest import Clock, mixed
 from tests.exam.test_store import answer, practise
 
 DAY = 86_400.0
@@ -101,11 +100,3 @@ def test_100000_answers_are_counted_in_time(clock: Clock) -> None:
     seconds = time.perf_counter() - start
     print(f"statistics over {found.total.total} answers: {seconds * 1000:.0f} ms")
     assert found.total.total == 100_000 and len(found.subjects) == 30 and seconds < 5
-
-
-def test_wilson_and_calibration_against_known_values() -> None:
-    low, high = wilson(8, 10)
-    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)  # Newcombe 1998
-    found = calibration([0.9, 0.9, 0.1, 0.1], [True, True, False, True])
-    assert found["ece"] == pytest.approx((0.1 * 2 + 0.4 * 2) / 4)
-    assert question(1).key != question(2).key
