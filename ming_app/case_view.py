@@ -115,7 +115,9 @@ def option_routes(trace: RouterTrace, question: Question) -> dict[str, np.ndarra
         for k in range(trace.experts.shape[3]):
             chosen = trace.experts[inside, :, :, k]
             for expert in range(trace.num_experts):
-                weights[..., expert] += np.where(chosen == expert, trace.weights[inside, :, :, k], 0).sum(0)
+                weights[..., expert] += np.where(chosen == expert, trace.weights[inside, :, :, k].astype(float), 0).sum(
+                    0
+                )
         found[letter] = weights / len(inside)
     return found
 

@@ -215,6 +215,10 @@ def _grade(args: argparse.Namespace, settings: Settings, console: Console, load_
     if args.no_adapter:
         settings = settings.with_(adapter="none")
     with closing(load_engine(settings, console.progress)) as engine:
+        if args.trace and not engine.info.num_experts:
+            raise UsageError(
+                "This model has no experts, so there is nothing to trace.", "该模型没有专家，无轨迹可记录。"
+            )
         both = args.compare and engine.info.num_experts > 0
         runs = {"": ()} | ({"base": BASE} if both else {})
         values: dict[str, Any] = {}
@@ -261,8 +265,6 @@ def _trace(args: argparse.Namespace, console: Console, engine: Any, asked: Any, 
     from ming_app.models.progress import Meter
     from ming_app.molora.trace import Segment, merge
 
-    if not engine.info.num_experts:
-        raise UsageError("This model has no experts, so there is nothing to trace.", "该模型没有专家，无轨迹可记录。")
     known = [(question, earlier) for question, earlier in asked if question.key in attempts]
     count = min(TRACED, len(known))
     known = [known[i * len(known) // count] for i in range(count)]

@@ -26,7 +26,6 @@ from ming_app.exam.question import LETTERS, TAGS, Question
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "banks"
 SUFFIX = ".bank.jsonl"
-SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -109,20 +108,24 @@ REFERS = re.compile(
 )
 """an option that speaks of others cannot move"""
 _NAMES_LETTERS = re.compile(
-    r"[A-J]\s*(?:项|选项|错|对|正确|不对|不选)|选\s*[A-J](?![A-Za-z])|选项\s*[A-J]|(?:[A-J]、)+[A-J]|\b(?:option|choice|answer)s?\s*\(?[A-J]\b",
-    re.I,
+    r"(?<![A-Za-z])(?:[A-J]\s*(?:[.、．:：)）]|项|选项|错|对|正确|不对|不选|is\b|are\b)|[(（][A-J][)）])"
+    r"|选\s*[A-J](?![A-Za-z])|(?i:\b(?:option|choice|answer)s?\s*\(?[A-J]\b)"
 )
+"""what looks as if an explanation spoke of options by their letters (a vitamin may look so too: it is shown as printed)"""
 
 
 def option_order(question: Question, seed: int | None) -> tuple[str, ...]:
-    """The letters of the options in the order to show them; as printed without a seed, for true/false, where options
-    speak of one another, and where the explanation names letters. A group that shares its options shares their order."""
+    """The letters of the options in the order to show them; as printed without a seed, for true/false and for options
+    that a group shares, where options speak of one another, and where the explanation names letters."""
     letters = list(question.options)
-    fixed = question.type == "TF" or any(REFERS.search(text) for text in question.options.values())
+    fixed = (
+        question.type == "TF"
+        or question.shared_options
+        or any(REFERS.search(text) for text in question.options.values())
+    )
     if seed is None or fixed or _NAMES_LETTERS.search(question.explanation):
         return tuple(letters)
-    of = question.group_id if question.shared_options else question.key
-    random.Random(f"{seed}:{of}").shuffle(letters)
+    random.Random(f"{seed}:{question.key}").shuffle(letters)
     return tuple(letters)
 
 
@@ -178,7 +181,7 @@ class Shelf:
             self._memory[bank.name] = bank
             return bank
         body = write_bank(bank.questions, "jsonl")
-        head = {"bank": title, "schema": SCHEMA, "size": len(bank.questions), "sha256": _digest(body)}
+        head = {"bank": title, "size": len(bank.questions), "sha256": _digest(body)}
         _write(self.folder / (bank.name + SUFFIX), json.dumps(head, ensure_ascii=False).encode() + b"\n" + body)
         return bank
 
@@ -240,7 +243,7 @@ def _trusted(body: bytes) -> Iterator[Question]:
     for line in body.splitlines():
         values = json.loads(line)
         values["answer"] = tuple(values["answer"])
-        yield Question(**values)
+        yield Question(**{"id": "", **values})
 
 
 def _examples(folder: Path) -> list[Listed]:

@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -177,6 +177,8 @@ def sit_exam(
         if cancel is not None and cancel.is_set():
             raise StoppedError("Stopped.", "已停止。")
         one = (done or {}).get(question.key)
+        if one is not None and one.answer != "".join(question.answer):  # the key was corrected meanwhile
+            one = replace(one, answer="".join(question.answer), correct=grade(question, one.choice).correct)
         if one is None:
             try:
                 one = attempt(engine, question, earlier, shuffles=shuffles, changes=changes)

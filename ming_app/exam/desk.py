@@ -19,7 +19,7 @@ from ming_app.exam.sitting import Blueprint, Drawn, Sitting, draw
 from ming_app.exam.store import Store
 
 ORDERS = ("sequential", "shuffled", "weakness")
-ONLY = ("all", "new", "due", "wrong", "flagged")
+ONLY = ("all", "new", "due", "wrong", "flagged", "noted")
 UNKNOWN = 0.5  # weakness of what was never asked
 OPEN_SITTINGS = 64  # kept in memory; the store has all
 
@@ -37,6 +37,8 @@ class Choice:
     """at most so many (a group is never cut); 0: all"""
     causes: Collection[str] = ()
     """only what was wrong for one of these causes (store.CAUSES); empty: whatever the cause"""
+    keys: Collection[str] = ()
+    """only these questions; empty: all"""
     mode: str = "tutor"
     shuffle_options: bool = True
     partial: bool = False
@@ -50,6 +52,7 @@ class Desk:
         self._lock = threading.RLock()
         self._open: OrderedDict[str, Sitting] = OrderedDict()
         self._banks: OrderedDict[str, Bank] = OrderedDict()
+        self._unrecorded: set[str] = set()
 
     def bank(self, name: str) -> Bank:
         """Opened once, then kept."""
@@ -72,6 +75,8 @@ class Desk:
         self.shelf.remove(name)
         with self._lock:
             self._banks.pop(name, None)
+            for sitting in [s for s in self._open.values() if s.bank == name]:
+                del self._open[sitting.id]
 
     def drop(self, name: str) -> None:
         """Forgets a sitting that was not finished; what was graded stays."""
@@ -91,19 +96,23 @@ class Desk:
         """The questions of a choice, in order, before any cut to a count."""
         if choice.only not in ONLY or choice.order not in ORDERS:
             raise UsageError(f"Choose {', '.join(ONLY)}, in the order {', '.join(ORDERS)}.", "筛选或顺序无效。")
-        store, name = self.store, bank.name
-        weakness = store.weakness(name) if choice.order == "weakness" or choice.only == "new" else {}
-        due = store.due(name) if choice.only == "due" else []
+        store = self.store
+        weakness = store.weakness() if choice.order == "weakness" or choice.only == "new" else {}
+        due = store.due() if choice.only == "due" else []
         keys: Collection[str] | None = {
             "all": lambda: None,
             "new": lambda: [key for key in bank.places if key not in weakness],
             "due": lambda: due,
-            "wrong": lambda: store.wrong(name),
-            "flagged": lambda: store.flagged(name),
+            "wrong": lambda: store.wrong(),
+            "flagged": lambda: store.flagged(),
+            "noted": lambda: store.noted(),
         }[choice.only]()
         if choice.causes:
-            caused = store.caused(name, choice.causes)
+            caused = store.caused(choice.causes)
             keys = caused if keys is None else [key for key in keys if key in caused]
+        if choice.keys:
+            wanted = set(choice.keys)
+            keys = wanted if keys is None else wanted & set(keys)
         found = bank.select(choice.tags, keys)
         if choice.order == "shuffled":
             return shuffled(found, secrets.randbits(32))
@@ -180,8 +189,24 @@ class Desk:
             if name not in self._open:
                 self._keep(self.store.load_sitting(name, lambda bank, key: self.bank(bank).get(key)))
             sitting = self._open[name]
-            if sitting.tick(self.store.now()):
+            if sitting.tick(self.store.now()) or name in self._unrecorded:
                 self._finished(sitting)
+            return sitting
+
+    def leave(self, name: str) -> Sitting:
+        """Nobody looks at the question any more: no time is counted for it until somebody comes back."""
+        return self._looked(name, "leave")
+
+    def come_back(self, name: str) -> Sitting:
+        """Somebody looks again."""
+        return self._looked(name, "come_back")
+
+    def _looked(self, name: str, action: str) -> Sitting:
+        with self._lock:
+            sitting = self.sitting(name)
+            if sitting.finished is None:
+                getattr(sitting, action)(self.store.now())
+                self.store.save_sitting(sitting, {sitting.position} & set(sitting.responses))
             return sitting
 
     def go(self, name: str, index: int) -> Sitting:
@@ -261,7 +286,9 @@ class Desk:
             return sitting
 
     def _finished(self, sitting: Sitting) -> None:
+        self._unrecorded.add(sitting.id)  # until it is: should the disk be full, the next look tries again
         self.store.record(sitting, dict(enumerate(sitting.grades())), count_empty=sitting.kind == "mock")
+        self._unrecorded.discard(sitting.id)
 
     def unfinished(self) -> list[Sitting]:
         """Sittings to go on with, newest first; those whose time ran out meanwhile are handed in, those whose bank is

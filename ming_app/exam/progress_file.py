@@ -18,7 +18,7 @@ from ming_app.exam.question import LETTERS, clean
 from ming_app.exam.sitting import CONFIDENCE, MODES
 from ming_app.exam.store import CAUSES, MAX_NOTE, TABLES, Store, StoreError, dumps
 
-MAX_BYTES = 64 << 20
+MAX_BYTES = 20 << 20
 MAX_ROWS = 1_000_000
 FAR = 4_102_444_800.0  # 2100-01-01: no time of ours is later
 

@@ -58,19 +58,35 @@ TYPES: Mapping[str, QuestionType] = {
     "X": QuestionType("X, several answers", "X 型（多项选择题）", multiple=True),
     "TF": QuestionType("True or false", "判断题"),
 }
-ALIASES = {"SINGLE": "A1", "MULTIPLE": "X", "MULTI": "X", "A": "A1", "B": "B1", "JUDGE": "TF", "TRUEFALSE": "TF"}
+ALIASES = {
+    "选择": "A1",
+    "MCQ": "A1",
+    "MULTIPLECHOICE": "A1",
+    "SINGLE": "A1",
+    "MULTIPLE": "X",
+    "MULTI": "X",
+    "A": "A1",
+    "B": "B1",
+    "JUDGE": "TF",
+    "TRUEFALSE": "TF",
+}
 """names that other programs give them, in capitals"""
 WORDS = {
-    "单项选择": "A1",
-    "单选": "A1",
+    "不定项": "X",
     "多项选择": "X",
     "多选": "X",
+    "单项选择": "A1",
+    "单选": "A1",
+    "最佳选择": "A1",
     "判断": "TF",
     "病例摘要": "A2",
     "病历摘要": "A2",
     "配伍": "B1",
 }
 """and words that their names contain"""
+
+
+LANGUAGES = {"中文": "zh", "汉语": "zh", "简体中文": "zh", "chinese": "zh", "英文": "en", "英语": "en", "english": "en"}
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,7 @@ class Question:
     @cached_property
     def key(self) -> str:
         """16 hex digits of what the question asks, whatever its id and file: progress follows it."""
-        parts = [self.shared_stem, self.stem, *sorted(self.options.values())]
+        parts = [self.shared_stem, self.stem, *sorted(self.options.values()), self.image]
         return hashlib.sha256("\n".join(map(squeezed, parts)).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,7 +187,8 @@ def make_question(fields: Mapping[str, Any]) -> Question:
     stem = clean(fields.get("stem"), "stem/题干", MAX_STEM)
     if not stem:
         raise QuestionError("the stem is empty", "题干为空")
-    lang = clean(fields.get("lang"), "lang/语言", MAX_SHORT).lower()[:2] or language_of(stem)
+    said = clean(fields.get("lang"), "lang/语言", MAX_SHORT).lower()
+    lang = LANGUAGES.get(said, said[:2]) or language_of(stem)
     if lang not in LANGS:
         raise QuestionError(f"language {lang!r} is neither zh nor en", f"语言 {lang!r} 不是 zh 或 en")
     named = _type_of(clean(fields.get("type"), "type/题型", MAX_SHORT))
@@ -209,7 +226,7 @@ def _type_of(name: str) -> str:
     """A key of TYPES, or "" where the row names none. `A1型题` and `single` are understood."""
     if not name:
         return ""
-    short = re.sub(r"\s|型题?|题$|-?type", "", name, flags=re.I).upper().replace("A3/A4", "A3")
+    short = re.sub(r"\s|型题?|题$|-?type|_", "", name, flags=re.I).upper().replace("A3/A4", "A3")
     found = ALIASES.get(short, short)
     if found not in TYPES:
         found = next((kind for word, kind in WORDS.items() if word in name), "")
@@ -243,8 +260,8 @@ def _options(value: Any, lang: str, named: str) -> dict[str, str]:
         letters = [str(letter).strip().upper().rstrip(".、．) ") for letter in value]
         texts = list(value.values())
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        texts = list(value)
-        letters = list(LETTERS[: len(texts)])
+        texts = list(value)[:100]
+        letters = [chr(ord("A") + at) for at in range(len(texts))]
     else:
         raise QuestionError("there are no options", "没有选项")
     options = {
@@ -253,7 +270,7 @@ def _options(value: Any, lang: str, named: str) -> dict[str, str]:
     }
     while options and not list(options.values())[-1]:  # columns that this question does not use
         options.popitem()
-    if not 2 <= len(options) <= len(LETTERS) or len(letters) > 2 * len(LETTERS):
+    if not 2 <= len(options) <= len(LETTERS):
         raise QuestionError(
             f"there are {len(options)} options; 2 to {len(LETTERS)} make a question",
             f"共有 {len(options)} 个选项，应为 2 至 {len(LETTERS)} 个",
@@ -262,7 +279,8 @@ def _options(value: Any, lang: str, named: str) -> dict[str, str]:
         raise QuestionError("the options are not lettered A, B, C, ... in order", "选项未按 A、B、C…… 顺序编号")
     if not all(options.values()):
         raise QuestionError("an option is empty", "有选项为空")
-    if len({squeezed(text) for text in options.values()}) < len(options):
+    same = {re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)) for text in options.values()}  # AA is not Aa
+    if len(same) < len(options):
         raise QuestionError("two options say the same", "有两个选项相同")
     return options
 

@@ -78,7 +78,14 @@ def recall(states: Iterable[str], now: float) -> list[float]:
 def readable(state: str) -> bool:
     """Whether a card from a foreign file is one."""
     try:
-        values = json.loads(state)
-        return len(state) < 1000 and isinstance(values, dict) and bool(Card.from_json(state).due)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        values = json.loads(state, parse_constant=lambda _: None)
+        if len(state) > 1000 or not isinstance(values, dict) or type(values.get("card_id")) is not int:
+            return False
+        card = Card.from_json(state)
+        if any(at is not None and at.tzinfo is None for at in (card.due, card.last_review)):
+            return False
+        at = datetime.now(UTC)
+        review(state, Rating.Good, at.timestamp())  # what is done with it later must not fail
+        return 0 <= recall([state], at.timestamp())[0] <= 1
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, OverflowError, ArithmeticError):
         return False

@@ -8,7 +8,7 @@ sitting ends at the deadline, whenever somebody looks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ming_app.errors import MingError
@@ -115,6 +115,7 @@ class Sitting:
     def tick(self, now: float) -> bool:
         """Ends the sitting when its time is over; whether it ended now."""
         if self.finished is None and self.paused is None and self.deadline is not None and now >= self.deadline:
+            self._spend(self.deadline)
             self._close(self.deadline, "time")
             return True
         return False
@@ -188,6 +189,17 @@ class Sitting:
             self.deadline += max(0.0, now - self.paused)
         self.paused, self.shown = None, now
 
+    def leave(self, now: float) -> None:
+        """Nobody looks at the question in view any more."""
+        if self.finished is None and self.paused is None:
+            self._spend(now)
+            self.shown = 0.0
+
+    def come_back(self, now: float) -> None:
+        """Somebody looks at it again."""
+        if self.finished is None and self.paused is None:
+            self.shown = now
+
     def finish(self, now: float) -> None:
         """Ends the sitting; unanswered questions stay so."""
         self.tick(now)
@@ -242,6 +254,9 @@ class Part:
     type: str = ""
     subject: str = ""
 
+    def fits(self, question: Question) -> bool:
+        return self.type in ("", question.type) and self.subject in ("", question.tags.get("subject", ""))
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -252,6 +267,7 @@ class Blueprint:
     minutes: float
     parts: tuple[Part, ...]
     pass_share: float = 0.6
+    """share of the points that passes; 0: there is no pass line"""
     pausable: bool = False
 
     @property
@@ -260,54 +276,48 @@ class Blueprint:
 
 
 PRESETS: tuple[Blueprint, ...] = (
-    # Four units of 150 questions and two and a half hours each; 360 of 600 points pass (National Medical Examination Center).
+    Blueprint("short", {"zh": "短测验", "en": "Short test"}, 20, (Part(20),), pausable=True),
+    # Four units of 150 questions; 360 of 600 points pass.
     Blueprint(
         "physician",
-        {"zh": "执业医师 · 一个单元（150 题，150 分钟）", "en": "Chinese physician, one unit (150 questions, 150 min)"},
+        {"zh": "执业医师 · 一个单元", "en": "Chinese physician, one unit"},
         150,
         (Part(45, "A1"), Part(60, "A2"), Part(15, "A3"), Part(10, "A4"), Part(20, "B1")),
     ),
     Blueprint(
         "physician-full",
-        {
-            "zh": "执业医师 · 全卷（600 题，600 分钟）",
-            "en": "Chinese physician, all four units (600 questions, 600 min)",
-        },
+        {"zh": "执业医师 · 四个单元连考", "en": "Chinese physician, all four units in a row"},
         600,
         (Part(180, "A1"), Part(240, "A2"), Part(60, "A3"), Part(40, "A4"), Part(80, "B1")),
         pausable=True,
     ),
     Blueprint(
         "assistant",
-        {
-            "zh": "执业助理医师 · 一个单元（150 题，150 分钟）",
-            "en": "Chinese assistant physician, one unit (150, 150 min)",
-        },
+        {"zh": "执业助理医师 · 一个单元", "en": "Chinese assistant physician, one unit"},
         150,
         (Part(60, "A1"), Part(60, "A2"), Part(10, "A3"), Part(20, "B1")),
     ),
-    # Best choice 40, matching 50, case analysis 10, several answers 20; 72 of 120 points pass.
+    # Best choice 40, matching 50, case analysis 20, several answers 10; 72 of 120 points pass.
     Blueprint(
         "pharmacist",
-        {
-            "zh": "执业药师 · 一个科目（120 题，150 分钟）",
-            "en": "Chinese pharmacist, one subject (120 questions, 150 min)",
-        },
+        {"zh": "执业药师 · 一个科目", "en": "Chinese pharmacist, one subject"},
         150,
-        (Part(40, "A1"), Part(50, "B1"), Part(10, "A3"), Part(20, "X")),
+        (Part(40, "A1"), Part(50, "B1"), Part(20, "A3"), Part(10, "X")),
     ),
+    # Blocks of half an hour since May 2026, of an hour before; no share of right answers is published as a pass line.
     Blueprint(
         "usmle",
-        {"zh": "USMLE 式 · 一个区块（40 题，60 分钟）", "en": "Like a USMLE block (40 questions, 60 min)"},
-        60,
-        (Part(32, "A2"), Part(8, "A1")),
+        {"zh": "USMLE 单个 block", "en": "USMLE-style block"},
+        30,
+        (Part(16, "A2"), Part(4, "A1")),
+        pass_share=0,
     ),
     Blueprint(
-        "short",
-        {"zh": "短测验（20 题，20 分钟）", "en": "Short test (20 questions, 20 min)"},
-        20,
-        (Part(20),),
-        pausable=True,
+        "usmle-former",
+        {"zh": "旧版 USMLE block", "en": "Former USMLE block"},
+        60,
+        (Part(32, "A2"), Part(8, "A1")),
+        pass_share=0,
     ),
 )
 """Shaped like the exams they name; how many of a type come in a real one changes from year to year."""
@@ -315,7 +325,7 @@ PRESETS: tuple[Blueprint, ...] = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """The questions of one mock exam; `short` lists the parts for which the bank had too few: (part, how many it had)."""
+    """The questions of one mock exam; `short` lists the parts for which the bank has too few: (part, how many it has)."""
 
     questions: tuple[Question, ...]
     minutes: float
@@ -324,37 +334,36 @@ class Drawn:
 
 def draw(questions: Sequence[Question], blueprint: Blueprint, seed: int) -> Drawn:
     """Draws by the blueprint, groups whole, in the order of its parts. What a part lacks is filled with other questions of
-    the bank, single answers first, so that the exam has its length wherever the bank has the questions."""
+    the bank (such as have several answers, or are true or false, only where the blueprint has them too), so that the exam
+    has its length wherever the bank has the questions."""
     from ming_app.exam.bank import shuffled, units
 
     left = units(shuffled(questions, seed))
     taken: list[list[Question]] = []
     short: list[tuple[Part, int]] = []
     for part in blueprint.parts:
-        got, left = _take(left, part.count, part)
+        there = sum(part.fits(question) for question in questions)
+        if there < part.count:
+            short.append((part, there))
+        got, left = _take(left, part.count, part.fits)
         taken += got
-        have = sum(map(len, got))
-        if have < part.count:
-            short.append((part, have))
+    asked = {part.type for part in blueprint.parts}
+    rare = {"X", "TF"} - asked if "" not in asked else set()
     missing = blueprint.size - sum(map(len, taken))
-    left.sort(key=lambda unit: unit[0].kind.multiple)
-    more, _ = _take(left, missing, None)
+    more, _ = _take(left, missing, lambda question: question.type not in rare)
     drawn = [question for unit in [*taken, *more] for question in unit]
     share = min(1.0, len(drawn) / blueprint.size)
     return Drawn(tuple(drawn), max(1.0, blueprint.minutes * share), tuple(short))
 
 
 def _take(
-    left: list[list[Question]], count: int, part: Part | None
+    left: list[list[Question]], count: int, fits: Callable[[Question], bool]
 ) -> tuple[list[list[Question]], list[list[Question]]]:
     """Units that fit, up to `count` questions; a group that would go beyond is passed over."""
     taken: list[list[Question]] = []
     rest: list[list[Question]] = []
     for unit in left:
-        fits = part is None or (
-            part.type in ("", unit[0].type) and part.subject in ("", unit[0].tags.get("subject", ""))
-        )
-        if fits and len(unit) <= count:
+        if fits(unit[0]) and len(unit) <= count:
             taken.append(unit)
             count -= len(unit)
         else:

@@ -127,6 +127,7 @@ class Result:
     score: float
     """points; one per question, parts where partial credit is given"""
     total: int
+    """questions that count: all of a mock exam, the answered ones of a practice"""
     right: int
     unanswered: int
     seconds: float
@@ -136,15 +137,16 @@ class Result:
     types: tuple[Share, ...]
     confidence: tuple[Share, ...]
     wrong: tuple[int, ...]
-    """places of questions answered wrong or not at all"""
+    """places of those that were not right"""
 
 
 def result(sitting: Sitting) -> Result:
-    """What a sitting came to; unanswered questions count as wrong."""
+    """What a sitting came to. Unanswered questions of a mock exam count as wrong; of a practice they do not count."""
     grades = sitting.grades()
+    counted = [at for at in range(len(grades)) if sitting.kind == "mock" or sitting.response(at).chosen]
     counts: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
-    for at, (question, given) in enumerate(zip(sitting.questions, grades, strict=True)):
-        response = sitting.response(at)
+    for at in counted:
+        question, given, response = sitting.questions[at], grades[at], sitting.response(at)
         names = (("subject", tag_of(question, "subject")), ("type", question.type), ("confidence", response.confidence))
         for group in names:
             count = counts[group]
@@ -159,16 +161,16 @@ def result(sitting: Sitting) -> Result:
         )
         for kind in ("subject", "type", "confidence")
     }
-    score = sum(given.score for given in grades)
+    score = sum(grades[at].score for at in counted)
     return Result(
         score,
-        len(grades),
-        sum(given.correct for given in grades),
+        len(counted),
+        sum(grades[at].correct for at in counted),
         sum(1 for at in range(len(grades)) if not sitting.response(at).chosen),
-        sum(response.seconds for response in sitting.responses.values()),
-        score >= sitting.pass_share * len(grades) - 1e-9,
+        sum(sitting.response(at).seconds for at in counted),
+        score >= sitting.pass_share * len(counted) - 1e-9,
         shares["subject"],
         shares["type"],
         tuple(sorted(shares["confidence"], key=lambda share: CONFIDENCE.index(share.name))),
-        tuple(at for at, given in enumerate(grades) if not given.correct),
+        tuple(at for at in counted if not grades[at].correct),
     )

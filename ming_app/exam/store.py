@@ -22,9 +22,10 @@ from ming_app.errors import MingError
 from ming_app.exam import schedule
 from ming_app.exam.bank import tag_of
 from ming_app.exam.grade import Grade
-from ming_app.exam.question import Question
+from ming_app.exam.question import Question, clean
 from ming_app.exam.sitting import Response, Sitting
 
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 CAUSES = ("knowledge", "misread", "reasoning", "time")
 MASTERED = 2  # right answers in a row that take a question out of the wrong book
 BACKUP_EVERY = 86_400.0
@@ -37,8 +38,7 @@ class StoreError(MingError):
 
 def m001_progress(db: sqlite3.Connection) -> None:
     """Answers, tallies, cards, marks, sittings."""
-    db.executescript(
-        """
+    statements = """
         CREATE TABLE answers (
             id INTEGER PRIMARY KEY, key TEXT NOT NULL, bank TEXT NOT NULL, at REAL NOT NULL, chosen TEXT NOT NULL,
             correct INTEGER NOT NULL, score REAL NOT NULL, seconds REAL NOT NULL, confidence TEXT NOT NULL,
@@ -67,7 +67,9 @@ def m001_progress(db: sqlite3.Connection) -> None:
             confidence TEXT NOT NULL, flagged INTEGER NOT NULL, struck TEXT NOT NULL, final INTEGER NOT NULL,
             graded INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (sitting, place)) WITHOUT ROWID;
         """
-    )
+    for statement in statements.split(";"):  # not executescript, which would end the transaction
+        if statement.strip():
+            db.execute(statement)
 
 
 MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (m001_progress,)
@@ -161,7 +163,9 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 db = _connected(self.path)
-            except sqlite3.DatabaseError:
+            except sqlite3.DatabaseError as error:
+                if error.sqlite_errorcode not in DAMAGED:  # busy, full, read-only: the file itself is well
+                    raise
                 return self._rebuild(self.path)
             self._back_up(db)
             return db
@@ -311,17 +315,18 @@ class Store:
                 if place in done or not (response.chosen or count_empty):
                     continue
                 db.execute("UPDATE responses SET graded=1 WHERE sitting=? AND place=?", [sitting.id, place])
-                self._log(db, sitting, sitting.questions[place], response, result, now)
+                self._log(db, sitting, place, result, now)
 
-    def _log(
-        self, db: sqlite3.Connection, sitting: Sitting, q: Question, response: Response, result: Grade, now: float
-    ) -> None:
+    def _log(self, db: sqlite3.Connection, sitting: Sitting, place: int, result: Grade, now: float) -> None:
+        q, response = sitting.questions[place], sitting.response(place)
         values = [q.key, sitting.bank, now, "".join(response.chosen), result.correct, result.score, response.seconds]
         seen = db.execute("SELECT 1 FROM tally WHERE key=?", [q.key]).fetchone() is not None
         values += [response.confidence, sitting.kind, sitting.id, q.type, q.lang]
         values += [tag_of(q, "subject"), tag_of(q, "difficulty"), seen]
         db.execute(_insert("answers", "OR IGNORE "), values)
         self._touch("answers", sitting.id, q.key, now)
+        if place not in sitting.responses:
+            return  # never looked at, the time was over: nothing to repeat
         self._touch("tally", q.key)
         self._touch("cards", q.key)
         db.execute(
@@ -389,7 +394,7 @@ class Store:
         if values.get("cause", "") not in ("", *CAUSES):
             raise StoreError("A cause is one of " + ", ".join(CAUSES) + ".", "错因应为：知识、审题、推理、时间。")
         if "note" in values:
-            values["note"] = str(values["note"])[:MAX_NOTE]
+            values["note"] = clean(str(values["note"])[:MAX_NOTE], "note/笔记", MAX_NOTE)
         with self._write() as db:
             self._touch("marks", key)
             db.execute("INSERT OR IGNORE INTO marks (key, bank) VALUES (?,?)", [key, bank])
@@ -397,28 +402,33 @@ class Store:
                 if name in values:
                     db.execute(f"UPDATE marks SET {name}=? WHERE key=?", [values[name], key])
 
-    def flagged(self, bank: str) -> set[str]:
-        return {key for (key,) in self.rows("SELECT key FROM marks WHERE bank=? AND flagged", [bank])}
+    # Progress belongs to questions, in whatever bank they are: callers look up the keys that they have.
 
-    def caused(self, bank: str, causes: Iterable[str]) -> set[str]:
+    def flagged(self) -> set[str]:
+        return {key for (key,) in self.rows("SELECT key FROM marks WHERE flagged")}
+
+    def noted(self) -> set[str]:
+        """Keys of the questions with a note."""
+        return {key for (key,) in self.rows("SELECT key FROM marks WHERE note<>''")}
+
+    def caused(self, causes: Iterable[str]) -> set[str]:
         """Keys of the questions that were wrong for one of these causes."""
         wanted = set(causes)
-        found = self.rows("SELECT key, cause FROM marks WHERE bank=? AND cause<>''", [bank])
+        found = self.rows("SELECT key, cause FROM marks WHERE cause<>''")
         return {key for key, cause in found if cause in wanted}
 
-    def wrong(self, bank: str) -> dict[str, int]:
+    def wrong(self) -> dict[str, int]:
         """The wrong book: key -> misses, of what was missed and not yet answered right MASTERED times in a row since."""
-        sql = "SELECT key, wrong FROM tally WHERE bank=? AND wrong>0 AND streak<? ORDER BY wrong DESC, at DESC"
-        return dict(self.rows(sql, [bank, MASTERED]))
+        sql = "SELECT key, wrong FROM tally WHERE wrong>0 AND streak<? ORDER BY wrong DESC, at DESC"
+        return dict(self.rows(sql, [MASTERED]))
 
-    def due(self, bank: str) -> list[str]:
+    def due(self) -> list[str]:
         """Keys of cards due now, longest overdue first."""
-        sql = "SELECT key FROM cards WHERE bank=? AND due<=? ORDER BY due"
-        return [key for (key,) in self.rows(sql, [bank, self.now()])]
+        return [key for (key,) in self.rows("SELECT key FROM cards WHERE due<=? ORDER BY due", [self.now()])]
 
-    def weakness(self, bank: str) -> dict[str, float]:
+    def weakness(self) -> dict[str, float]:
         """key -> share of wrong answers, smoothed towards one half where there are few; not seen is not listed."""
-        found = self.rows("SELECT key, right, wrong FROM tally WHERE bank=?", [bank])
+        found = self.rows("SELECT key, right, wrong FROM tally")
         return {key: (wrong + 1) / (right + wrong + 2) for key, right, wrong in found}
 
     # -- everything as one file ----------------------------------------------------------------------------------
@@ -448,6 +458,10 @@ class Store:
     def put_tables(self, tables: Mapping[str, Sequence[Sequence[Any]]]) -> int:
         """Adds checked rows of an export (see progress_file.py); rows that are there already stay. How many are new."""
         added = 0
+        for name, rows in tables.items():
+            at = [TABLES[name].index(column) for column in KEYS[name]]
+            for row in rows:
+                self._touch(name, *(row[i] for i in at))
         with self._write() as db:
             for name, rows in tables.items():
                 before = db.total_changes
@@ -468,16 +482,22 @@ def _connected(path: Path | str) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         if db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
-            raise sqlite3.DatabaseError("the file is damaged")
+            damaged = sqlite3.DatabaseError("the file is damaged")
+            damaged.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise damaged
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
             raise StoreError(
                 "The file of your progress was written by a newer version of this app. Update the app, or set MING_DATA_DIR to another folder.",
                 "学习进度文件由更新版本的程序写入。请更新本程序，或将 MING_DATA_DIR 指向其他文件夹。",
             )
-        for number, migrate in enumerate(MIGRATIONS[version:], version + 1):
-            migrate(db)
-            db.execute(f"PRAGMA user_version={number}")
+        if version < len(MIGRATIONS):
+            db.execute("BEGIN IMMEDIATE")  # another process may be about to do the same
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            for migrate in MIGRATIONS[version:]:
+                migrate(db)
+            db.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+            db.execute("COMMIT")
     except BaseException:
         db.close()
         raise

@@ -164,6 +164,8 @@ def browser_words(lang: str) -> str:
         "open": t(lang, "exp.open_answer"),
         "user": t(lang, "chat.input_label"),
         "bot": t(lang, "chat.answer_label"),
+        "full": t(lang, "exam.data_full"),
+        "sure": {key: t(lang, f"exam.sure_{key}") for key in ("chat", "discard", "remove")},
     }
     count = t(lang, "chat.counter", n="{n}", limit=MAX_CHARS)
     return f'<span id="ming-words" hidden data-count="{escape(count)}" data-words="{escape(json.dumps(words, ensure_ascii=False))}"></span>'

@@ -11,7 +11,7 @@ from pathlib import Path
 import openpyxl
 import pytest
 
-from ming_app.exam.formats import BankFileError, Import, ReadOptions, read_bank, write_bank
+from ming_app.exam.formats import BankFileError, ColumnsError, Import, ReadOptions, read_bank, write_bank
 from ming_app.exam.formats.columns import split_options
 from ming_app.exam.formats.text import plain_text
 from ming_app.exam.question import Question
@@ -367,3 +367,94 @@ def test_html_becomes_words() -> None:
         plain_text("<p>One<br/>two</p><ul><li>three</li></ul><style>x{}</style>a &lt; b")
         == "One\ntwo\n\nthree\n\na < b"
     )
+
+
+def test_plain_text_keeps_what_looks_like_something_else() -> None:
+    """Ages after numbers, type names inside sentences, numbering that begins again, keys in a row."""
+    text = """第一章
+1. 感冒的病因是
+A. 病毒 B. 细菌
+2、45岁女性，咳嗽。请判断最可能的诊断是
+A. 肺炎 B. 肾炎
+答案：A
+解析：根据病史判断为肺炎，B型超声帮助不大。
+3.60岁男性，胸痛，给予 2.5 mg
+2.5 mg 无效，应
+A. 加量 B. 停药
+答案：B
+参考答案
+1.A
+第二章
+1. 甲状腺激素由何处分泌
+A. 甲状腺 B. 肾上腺
+2. 何者是多选题的特点
+A. 多个答案 B. 一个答案
+参考答案
+1-2 AB
+[单选题]
+1. 最后一题
+A. 对 B. 不对
+答案：B
+"""
+    found = read(text, "题.txt")
+    assert [(q.stem, "".join(q.answer)) for q in found.questions] == [
+        ("感冒的病因是", "A"),
+        ("45岁女性，咳嗽。请判断最可能的诊断是", "A"),
+        ("60岁男性，胸痛，给予 2.5 mg\n2.5 mg 无效，应", "B"),
+        ("甲状腺激素由何处分泌", "A"),
+        ("何者是多选题的特点", "B"),
+        ("最后一题", "B"),
+    ]
+    assert found.questions[1].explanation == "根据病史判断为肺炎，B型超声帮助不大。"
+    assert {q.type for q in found.questions} == {"A1"}
+
+
+def test_a_brace_that_never_closes_costs_one_question() -> None:
+    blocks = [f"Q{i}? {{=a ~b}}" for i in range(1000)]
+    blocks[5] = "Q5? {=a ~b"
+    found = read("\n\n".join(blocks), "q.gift")
+    assert len(found.questions) == 999 and len(found.rejected) == 1
+
+
+def test_near_misses_are_not_right() -> None:
+    (question,) = read("Where? {~%25%Bethlehem ~%50%Galilee =Nazareth ~Rome}", "q.gift").questions
+    assert (question.answer, question.type) == (("C",), "A1")
+    xml = MOODLE.replace('fraction="0"><text>Na', 'fraction="50"><text>Na')
+    assert read(xml, "q.xml").questions[0].answer == ("B",)
+
+
+def test_numbers_from_zero_and_to_the_end_are_told_apart_by_nobody() -> None:
+    rows = [{"question": f"Q{n}?", "choices": ["a", "b", "c"], "answer": n} for n in (0, 1, 2, 3)]
+    assert not read(rows).questions and len(read(rows[:3]).questions) == len(read(rows[1:]).questions) == 3
+
+
+def test_all_sheets_and_late_entries_are_read() -> None:
+    book = openpyxl.Workbook()
+    book.active.append(["题目", "A", "B", "答案"])
+    book.active.append(["甲？", "a", "b", "A"])
+    book.create_sheet("说明").append(["只是说明"])
+    more = book.create_sheet("多选")
+    more.append(["题目", "A", "B", "C", "答案"])
+    more.append(["乙？", "a", "b", "c", "AC"])
+    out = BytesIO()
+    book.save(out)
+    assert [q.stem for q in read_bank(out.getvalue(), "q.xlsx").questions] == ["甲？", "乙？"]
+    rows = [{"stem": f"Q{i}?", "A": "a", "B": "b", "answer": "A"} for i in range(300)]
+    rows.append({"stem": "last?", "A": "a", "B": "b", "C": "c", "answer": "C", "explanation": "why"})
+    assert read(rows).questions[-1].explanation == "why"
+
+
+def test_aiken_with_explanations() -> None:
+    text = "One?\nA. x\nB. y\nANSWER: A\nExplanation: because\n\nTwo?\nA. x\nB. y\nANSWER: B\n"
+    assert [(q.stem, q.explanation) for q in read(text).questions] == [("One?", "because"), ("Two?", "")]
+
+
+def test_what_differs_only_in_case_or_picture_is_another() -> None:
+    rows = [{"stem": "Genotype?", "options": ["AA", "Aa", "aa"], "answer": "B", "lang": "中文", "type": "最佳选择题"}]
+    assert read(rows).questions[0].lang == "zh"
+
+
+def test_columns_that_are_not_understood_can_be_said() -> None:
+    with pytest.raises(ColumnsError) as caught:
+        read("a1,a2,a3,a4\nQ?,yes,no,B\n", "t.csv")
+    assert caught.value.columns == {"a1": "", "a2": "", "a3": "", "a4": ""} and caught.value.format == "csv"

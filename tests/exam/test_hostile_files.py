@@ -120,11 +120,28 @@ def test_too_many_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["A. " * 30_000, "(" * 50_000, "1. " + "答案" * 20_000, "{~" * 30_000, "1.1.1." * 20_000]
+    "line",
+    [
+        "A. x" + " " * 20_000 + "-",
+        "<a " * 10_000,
+        "答案：A" + " " * 20_000 + "x",
+        "A. " * 30_000,
+        "(" * 50_000,
+        "1. " + "答案" * 20_000,
+        "{~" * 30_000,
+        "1.1.1." * 20_000,
+    ],
 )
 def test_no_line_takes_for_ever(line: str) -> None:
     for kind in ("text", "gift", "aiken", "csv"):
         start = time.monotonic()
+        with suppress(MingError):
+            read_bank(f"question,options,answer\nQ?,{line},A\n".encode(), "q.csv")
+        with suppress(MingError):
+            read_bank(
+                f"<quiz><question type='multichoice'><questiontext><text><![CDATA[<p>{line}]]></text></questiontext></question></quiz>".encode(),
+                "q.xml",
+            )
         with suppress(MingError):
             read_bank(f"1. Q?\nA. a\nB. b\n{line}\n答案：A\n".encode(), "q.txt", ReadOptions(format=kind))
         assert time.monotonic() - start < 5, kind
@@ -207,3 +224,11 @@ def test_spreadsheets_with_changed_bytes(patch: bytes, at: int) -> None:
 def test_script_in_a_stem_stays_text() -> None:
     row = {"stem": "<img src=x onerror=alert(1)>?", "A": "a", "B": "b", "answer": "A"}
     assert read_bank(json.dumps(row).encode(), "q.jsonl").questions[0].stem == row["stem"]
+
+
+def test_markup_that_makes_no_sense() -> None:
+    xml = "<quiz><question type='multichoice'><questiontext><text>&lt;![ 5 Q?</text></questiontext>"
+    xml += (
+        "<answer fraction='100'><text>a</text></answer><answer fraction='0'><text>b</text></answer></question></quiz>"
+    )
+    assert read_bank(xml.encode(), "q.xml").rows == 1

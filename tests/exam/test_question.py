@@ -57,7 +57,7 @@ def test_true_and_false(answer: object, letter: str) -> None:
         ({"options": {"A": "one", "C": "two"}}, "not lettered"),
         ({"options": {"A": "one", "B": " "}}, "1 options"),
         ({"options": {"A": " ", "B": "two"}}, "option is empty"),
-        ({"options": {"A": "Same", "B": "same "}}, "say the same"),
+        ({"options": {"A": "Same", "B": " Same"}}, "say the same"),
         ({"options": "none"}, "no options"),
         ({"lang": "fr"}, "neither zh nor en"),
         ({"type": "essay"}, "not one of"),

@@ -26,7 +26,7 @@ def test_both_languages_are_there_with_the_same_placeholders(key: str) -> None:
 
 def test_english_texts_have_no_chinese_characters_and_chinese_ones_do() -> None:
     cjk = re.compile(r"[\u4e00-\u9fff]")
-    neutral = {"set.top_p", "set.top_k", "set.min_p", "chat.counter", "meter.context_used"}
+    neutral = {"exam.history_item", "set.top_p", "set.top_k", "set.min_p", "chat.counter", "meter.context_used"}
     for key, texts in TEXTS.items():
         assert not cjk.search(texts["en"]), key
         assert cjk.search(texts["zh"]) or key in neutral, key
@@ -36,7 +36,7 @@ def test_every_key_is_used() -> None:
     code = "\n".join(text for name, text in SOURCES.items() if name not in ("text.py", "words.py"))
     dynamic = ("about.", "load.", "notice.", "app.theme_", "experts.download_", "set.")
     dynamic += ("exam.card.state_", "exam.card.cause_", "exam.difficulty_")
-    dynamic += ("exam.result.by_", "exam.when_", "exam.import_", "exam.only", "exam.order", "exam.mode")
+    dynamic += ("exam.result.by_", "exam.when_", "exam.import_", "exam.only", "exam.order", "exam.mode", "exam.sure_")
     dynamic += ("exp.view_", "exp.kind_", "exp.missing_", "exp.col_")  # made from names in code
     unused = []
     for key in TEXTS:

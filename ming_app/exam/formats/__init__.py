@@ -4,7 +4,17 @@ Files are hostile until read: sizes are bounded, no markup is interpreted, no en
 question or as a rejection with line and reason.
 """
 
-from ming_app.exam.formats.reading import FORMATS, BankFileError, Import, ReadOptions, Rejected, read_bank
+from ming_app.exam.formats.reading import FORMATS, BankFileError, ColumnsError, Import, ReadOptions, Rejected, read_bank
 from ming_app.exam.formats.writing import WRITERS, write_bank
 
-__all__ = ["FORMATS", "WRITERS", "BankFileError", "Import", "ReadOptions", "Rejected", "read_bank", "write_bank"]
+__all__ = [
+    "FORMATS",
+    "WRITERS",
+    "BankFileError",
+    "ColumnsError",
+    "Import",
+    "ReadOptions",
+    "Rejected",
+    "read_bank",
+    "write_bank",
+]

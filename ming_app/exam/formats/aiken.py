@@ -11,6 +11,7 @@ from ming_app.exam.question import QuestionError
 
 OPTION = re.compile(r"\s*([A-J])[.)]\s+(.*)")
 ANSWER = re.compile(r"\s*ANSWER\s*:\s*(.*)", re.I)
+EXPLAIN = re.compile(r"\s*(?:EXPLANATION|FEEDBACK)\s*:\s*(.*)", re.I)  # what some programs add
 
 
 def looks_like(text: str) -> bool:
@@ -26,21 +27,29 @@ def read(text: str, _options: ReadOptions) -> tuple[Iterator[Row], Mapping[str, 
 def _rows(text: str) -> Iterator[Row]:
     stem: list[str] = []
     options: dict[str, Any] = {}
-    start, letter = 0, ""
+    start, done = 0, None
     for number, line in enumerate([*text.split("\n"), ""], 1):
-        option, answer = OPTION.match(line), ANSWER.match(line)
+        option, answer, note = OPTION.match(line), ANSWER.match(line), EXPLAIN.match(line)
         if answer:
-            yield Row(start or number, {"stem": "\n".join(stem), "options": options, "answer": answer[1].strip()})
-            stem, options, start, letter = [], {}, 0, ""
+            if done:
+                yield done
+            done = Row(start or number, {"stem": "\n".join(stem), "options": options, "answer": answer[1].strip()})
+            stem, options, start = [], {}, 0
+        elif note and done and not stem:
+            done = Row(done.line, {**done.fields, "explanation": note[1].strip()})  # type: ignore[dict-item]
         elif option and stem:
-            letter = option[1]
-            options[letter] = option[2].strip()
+            options[option[1]] = option[2].strip()
         elif line.strip():
+            if done:
+                yield done
+                done = None
             if options:  # a new question began: the one before has no answer
                 yield _unanswered(start, stem)
-                stem, options, start, letter = [], {}, 0, ""
+                stem, options, start = [], {}, 0
             start = start or number
             stem.append(line.strip())
+    if done:
+        yield done
     if stem:
         yield _unanswered(start, stem)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ming_app.exam.formats.reading import BankFileError, ReadOptions, Row
+from ming_app.exam.formats.reading import BankFileError, ColumnsError, ReadOptions, Row
 from ming_app.exam.question import LETTERS, QuestionError, squeezed
 
 OPTION_FIELDS = tuple(f"option_{letter.lower()}" for letter in LETTERS)
@@ -94,9 +94,10 @@ def understand(names: Sequence[str], options: ReadOptions) -> dict[str, str]:
         missing.append("options")
     if missing:
         shown = ", ".join(map(repr, list(names)[:20]))
-        raise BankFileError(
+        raise ColumnsError(
             f"There is no column for {', '.join(missing)} among {shown}. Say which column is which.",
             f"在列 {shown} 中找不到 {'、'.join(missing)}，请指定各列的含义。",
+            {name: found[name] for name in list(names)[:100]},
         )
     return {name: found[name] for name in names}
 
@@ -140,7 +141,8 @@ _LETTERED = re.compile(r"(?:^|[\n|;；]|\s{2,})\s*[(（]?([A-Ja-j])(?:[.、．:�
 
 def split_options(text: str) -> dict[str, str] | list[str]:
     """`A. one\\nB. two` (or with other separators) -> options by letter; lines without letters -> a list."""
-    parts = _LETTERED.split(text[:30_000])
+    text = re.sub(r"[ \t\u3000]{2,}", "  ", text[:30_000])  # no run of spaces for the pattern to search through
+    parts = _LETTERED.split(text)
     if len(parts) > 4 and not parts[0].strip():
         found: dict[str, str] = {}
         for letter, part in zip(parts[1::2], parts[2::2], strict=True):
@@ -163,10 +165,9 @@ class Numbered:
         numbers = [(self._number(row.fields), row) for row in held]
         if self._from is None:
             known = [(number, len(row.fields["options"])) for number, row in numbers if number is not None]  # type: ignore[index]
-            if any(number == 0 for number, _ in known):
-                self._from = 0
-            elif any(number == size for number, size in known):
-                self._from = 1
+            zero, size_too = any(n == 0 for n, _ in known), any(n == size for n, size in known)
+            if zero != size_too:  # both: some row is wrong, and which cannot be told
+                self._from = 0 if zero else 1
         for number, row in numbers:
             yield row if number is None else self._lettered(number, row)
 

@@ -44,27 +44,23 @@ def _rows(text: str) -> Iterator[Row]:
 
 
 def _blocks(text: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of what stands between blank lines, comments left out; an open brace holds a block together."""
+    """(line, text) of what stands between blank lines, comments left out."""
     lines: list[str] = []
-    start, depth = 1, 0
+    start = 1
     for number, line in enumerate([*text.split("\n"), ""], 1):
         if line.lstrip().startswith("//"):
             continue
-        if not line.strip() and depth <= 0 or number - start > 500:
+        if not line.strip():
             if lines:
                 yield start, "\n".join(lines)
-            lines, depth = [], 0
+            lines = []
             continue
         if not lines:
             start = number
-        bare = re.sub(r"\\.", "", line)
-        depth += bare.count("{") - bare.count("}")
         lines.append(line)
-        if depth <= 0 and line.lstrip().startswith("$CATEGORY"):
+        if line.lstrip().startswith("$CATEGORY"):
             yield start, "\n".join(lines)
             lines = []
-    if lines:
-        yield start, "\n".join(lines)
 
 
 def _row(line: int, block: str, category: str) -> Row:
@@ -113,18 +109,19 @@ def _other_kind(answers: str) -> str:
 
 def _choices(line: int, block: str, answers: str, markup: str, fields: dict[str, object]) -> Row:
     options: list[str] = []
-    right: list[str] = []
+    weights: list[float] = []
     notes: list[str] = [str(fields["explanation"])] if fields["explanation"] else []
     for sign, body in re.findall(r"([=~])([^=~]*)", answers):
         weight = re.match(r"\s*%(-?\d+(?:\.\d+)?)%", body)
         text, _, note = body[weight.end() if weight else 0 :].partition("#")
-        letter = chr(ord("A") + len(options))
+        weights.append(float(weight[1]) if weight else 100.0 * (sign == "="))
         options.append(_text(_markup(text)[1], markup))
-        if (sign == "=" and not weight) or (weight and float(weight[1]) > 0):
-            right.append(letter)
         if note.strip():
             notes.append(f"{options[-1]}: {_text(note, markup)}")
-    several = len(right) > 1 or bool(right) and "%" in answers and "=" not in answers
+    # an option of full weight alone is right, the others of some weight are near misses; without one, those share it
+    full = 100.0 if max(weights) >= 100 else 0.0
+    right = [chr(ord("A") + at) for at, w in enumerate(weights) if w >= full and w > 0]
+    several = len(right) > 1 or bool(right) and not full
     fields |= {"options": options, "answer": right, "explanation": "\n".join(notes)}
     return Row(line, fields | ({"type": "X"} if several else {}), block)
 

@@ -11,7 +11,7 @@ from ming_app.exam.formats.columns import Numbered, to_fields, understand
 from ming_app.exam.formats.reading import MAX_ROWS, BankFileError, ReadOptions, Row
 from ming_app.exam.question import QuestionError
 
-LOOK_AT = 200  # rows whose names of entries count
+MAX_NAMES = 1_000  # different names of entries in one file
 WRAPPERS = ("questions", "data", "items", "rows", "examples")
 
 
@@ -19,8 +19,9 @@ def read(text: str, options: ReadOptions) -> tuple[Iterator[Row], Mapping[str, s
     """Rows of JSON lines, or of an array (alone or under one of WRAPPERS). Raises BankFileError."""
     rows = list(islice(_array(text) if _is_array(text) else _lines(text), options.rows + 1))
     names: dict[str, None] = {}
-    for _, value, _ in rows[:LOOK_AT]:
-        names |= dict.fromkeys(value) if isinstance(value, dict) else {}
+    for _, value, _ in rows:
+        if isinstance(value, dict) and len(names) < MAX_NAMES:
+            names |= dict.fromkeys(value)
     if not names:
         raise BankFileError("No line of the file is a JSON object.", "文件中没有 JSON 对象。")
     columns = understand(list(names), options)

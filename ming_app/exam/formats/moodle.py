@@ -17,6 +17,7 @@ from ming_app.exam.formats.text import html_words
 from ming_app.exam.question import TRUE_FALSE, QuestionError, language_of
 
 MAX_DEPTH = 40
+MAX_ELEMENTS = 3_000_000
 PIECE = 1 << 18
 NOT_QUESTIONS = ("category", "description")
 
@@ -54,6 +55,7 @@ def _questions(text: str) -> list[_Element]:
     open_elements: list[_Element] = []
     found: list[_Element] = []
     names: list[str] = []
+    count = [0]
 
     def refuse(*_: Any) -> None:
         raise BankFileError(
@@ -66,6 +68,9 @@ def _questions(text: str) -> list[_Element]:
         if len(names) > MAX_DEPTH:
             raise BankFileError("The XML is nested too deeply.", "XML 嵌套过深。")
         if name == "question" or open_elements:
+            count[0] += 1
+            if count[0] > MAX_ELEMENTS:
+                raise BankFileError("The XML has too many elements.", "XML 元素过多。")
             element = _Element(name, attributes, parser.CurrentLineNumber)
             if open_elements:
                 open_elements[-1].children.append(element)
@@ -118,7 +123,11 @@ def _row(question: _Element, kind: str, category: str) -> Row:
     explanation = html_words(question.text_of("generalfeedback", "text"))[0]
     answers = [child for child in question.children if child.name == "answer"]
     texts = [html_words(answer.text_of("text"))[0] for answer in answers]
-    right = [chr(ord("A") + at) for at, answer in enumerate(answers[:26]) if _fraction(answer) > 0]
+    several = question.text_of("single").lower() in ("false", "0")
+    least = 0.0 if several else max(map(_fraction, answers), default=0.0)  # near misses of a single choice earn a part
+    right = [
+        chr(65 + at) for at, answer in enumerate(answers[:26]) if _fraction(answer) > 0 and _fraction(answer) >= least
+    ]
     fields: dict[str, Any] = {
         "id": question.text_of("name", "text"),
         "stem": stem,
@@ -130,7 +139,7 @@ def _row(question: _Element, kind: str, category: str) -> Row:
         words = TRUE_FALSE[language_of(stem)]
         told = [text.casefold() for text, answer in zip(texts, answers, strict=True) if _fraction(answer) > 0]
         fields |= {"type": "TF", "options": words, "answer": told[0] if told else ""}
-    elif question.text_of("single").lower() in ("false", "0"):
+    elif several:
         fields["type"] = "X"
     if picture is not None and images:
         fields["image"] = _image(picture)

@@ -21,7 +21,8 @@ from typing import Any
 from ming_app.exam.formats.reading import ReadOptions, Row, first_lines
 from ming_app.exam.question import TRUE_FALSE, QuestionError
 
-_NUMBER = re.compile(r"\s*(?:第\s*(\d{1,5})\s*题[.、．:：]?|[(（](\d{1,5})[)）]|(\d{1,5})\s*[.、．])\s*(?!\d)(.*)")
+MAX_LINE = 20_000  # characters
+_NUMBER = re.compile(r"\s*(?:第\s*(\d{1,5})\s*题[.、．:：]?|[(（](\d{1,5})[)）]|(\d{1,5})\s*([.、．]))\s*(.*)")
 _OPTION = re.compile(r"(?:^|(?<=\s)|(?<=[。；;]))[(（]?([A-J])\s*[.、．:：)）]\s*(?=\S)")
 _ANSWER = re.compile(
     r"\s*(?:【\s*)?(?:正确|标准|参考)?(?:答案|answer|key)(?:\s*】)?\s*(?:是|为|is)?\s*[:：]?\s*(.+)", re.I
@@ -33,10 +34,14 @@ _SHARED = re.compile(
     r"\s*[(（【]?\s*(?:第)?\s*(\d{1,5})\s*[~～\-—–至到]+\s*(\d{1,5})\s*题?\s*共用(题干|备选答案|选项)\s*[)）】]?\s*[:：]?\s*(.*)"
 )
 _HEADING = re.compile(
-    r"\s*(?:[一二三四五六七八九十]+[、．.]|第[一二三四五六七八九十\d]+[部章节])?\s*(.*?(?:A1|A2|A3|A4|B1?|X)\s*型题?.*|.*(?:单选|单项选择|多选|多项选择|判断|配伍)题?.*)"
+    r"\s*[\[【(（]?\s*(?:[一二三四五六七八九十]{1,3}\s*[、．.]|第[一二三四五六七八九十\d]{1,3}[部章节]分?)?\s*"
+    r"((?:A[1-4](?:/A[1-4])?|B1?|X)\s*型题?|(?:单项选择|单选|最佳选择|多项选择|多选|不定项选择|判断|标准配伍|配伍选择|配伍)题)"
+    r"\s*(?:[\]】)）]|[(（:：，,。].{0,40})?\s*"
 )
+"""a line that is nothing but the name of a type, with an ordinal before and a remark after it"""
 _KEY_TITLE = re.compile(r"\s*(?:参考答案|答案|answers?|answer key)\s*[:：]?\s*$", re.I)
 _KEY = re.compile(r"(\d{1,5})\s*[.、．:：]?\s*([A-J]{1,10})(?![A-Za-z])")
+_KEYS_IN_A_ROW = re.compile(r"\s*(\d{1,5})\s*[-~～—–至]\s*(\d{1,5})\s*[.、．:：]?\s*([A-J\s]+)$")
 _INLINE = re.compile(r"[(（]\s*([A-J](?:[、,，]?[A-J])*)\s*[)）]\s*[。.]?\s*$")
 _JUDGED = re.compile(r"[(（]\s*(√|×|对|错|正确|错误)\s*[)）]\s*[。.]?\s*$")
 
@@ -50,6 +55,7 @@ class _Draft:
     answer: str = ""
     explanation: list[str] = field(default_factory=list)
     type: str = ""
+    section: int = 0
     stage: str = "stem"
     last: str = ""
     """letter of the option that a further line continues"""
@@ -61,6 +67,7 @@ class _Shared:
     last: int
     kind: str
     line: int
+    section: int = 0
     text: list[str] = field(default_factory=list)
     options: dict[str, str] = field(default_factory=dict)
     letter: str = ""
@@ -76,7 +83,8 @@ class _Reader:
         self.drafts: list[_Draft] = []
         self.shared: list[_Shared] = []
         self.stray: list[tuple[int, str]] = []
-        self.keys: dict[int, str] = {}
+        self.keys: dict[tuple[int, int], str] = {}
+        self.section = 0
         self.type = ""
         self.in_key = False
         self.open_shared: _Shared | None = None
@@ -84,7 +92,7 @@ class _Reader:
     def run(self, text: str) -> Iterator[Row]:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                self._line(number, line.strip())
+                self._line(number, " ".join(line[:MAX_LINE].split()) if len(line) > 400 else line.strip())
         rows = [self._row(draft) for draft in self.drafts]
         reason = QuestionError("text that belongs to no question", "不属于任何题目的文字")
         rows += [Row(line, reason, text) for line, text in self.stray]
@@ -93,8 +101,9 @@ class _Reader:
     def _line(self, number: int, line: str) -> None:
         draft = self.drafts[-1] if self.drafts else None
         if match := _SHARED.match(line):
+            self._restart(int(match[1]))
             kind = "stem" if match[3] == "题干" else "options"
-            self.open_shared = _Shared(int(match[1]), int(match[2]), kind, number)
+            self.open_shared = _Shared(int(match[1]), int(match[2]), kind, number, self.section)
             self.shared.append(self.open_shared)
             if match[4]:
                 self._shared_line(match[4])
@@ -102,16 +111,16 @@ class _Reader:
         if _KEY_TITLE.match(line):
             self.in_key = True
             return
-        if self.in_key and (keys := _KEY.findall(line)) and not _KEY.sub("", line).strip(" ,，;；、.\t"):
-            self.keys |= {int(at): letters for at, letters in keys}
+        if self.in_key and self._keys_of(line):
             return
-        if match := _NUMBER.match(line):
-            self.in_key, self.open_shared = False, None
+        if (match := _NUMBER.match(line)) and self._numbers(match, draft):
             at = int(next(filter(None, match.groups()[:3])))
-            self.drafts.append(_Draft(number, at, [], type=self.type))
-            self._continue(self.drafts[-1], match[4])
+            self.in_key, self.open_shared = False, None
+            self._restart(at)
+            self.drafts.append(_Draft(number, at, [], type=self.type, section=self.section))
+            self._continue(self.drafts[-1], match[5])
             return
-        if (match := _HEADING.fullmatch(line)) and len(line) <= 60 and not _OPTION.match(line):
+        if match := _HEADING.fullmatch(line):
             self.type = _type_in(match[1])
             self.open_shared = None
             return
@@ -121,6 +130,32 @@ class _Reader:
             self.stray.append((number, line))
         else:
             self._continue(draft, line)
+
+    def _restart(self, number: int) -> None:
+        """Numbers that begin again begin another chapter, whose keys and cases are its own."""
+        if self.drafts and number <= self.drafts[-1].number and self.drafts[-1].section == self.section:
+            self.section += 1
+
+    @staticmethod
+    def _numbers(match: re.Match[str], draft: _Draft | None) -> bool:
+        """Whether a line that begins with a number is a question: "2.5 mg" is one only where 2 is the next number."""
+        if match[4] != "." or not match[5][:1].isdigit():
+            return True
+        return int(match[3]) == (draft.number + 1 if draft else 1)
+
+    def _keys_of(self, line: str) -> bool:
+        """Takes a line of a key at the end: "1.B 2.C", or "1-5 ABCDE"."""
+        if match := _KEYS_IN_A_ROW.match(line):
+            letters = re.sub(r"\s", "", match[3])
+            first, last = int(match[1]), int(match[2])
+            if len(letters) == last - first + 1:
+                self.keys |= {(self.section, first + i): letter for i, letter in enumerate(letters)}
+                return True
+        keys = _KEY.findall(line)
+        if not keys or _KEY.sub("", line).strip(" ,，;；、.\t"):
+            return False
+        self.keys |= {(self.section, int(at)): letters for at, letters in keys}
+        return True
 
     def _shared_line(self, line: str) -> None:
         shared = self.open_shared
@@ -182,7 +217,7 @@ class _Reader:
 
     def _row(self, draft: _Draft) -> Row:
         stem = "\n".join(draft.stem)
-        answer = draft.answer or self.keys.get(draft.number, "")
+        answer = draft.answer or self.keys.get((draft.section, draft.number), "")
         fields: dict[str, Any] = {"type": draft.type, "explanation": "\n".join(draft.explanation)}
         options: dict[str, str] | tuple[str, str] = draft.options
         if not answer and (match := _INLINE.search(stem)):
@@ -192,7 +227,7 @@ class _Reader:
         if not draft.options and (draft.type == "TF" or answer in "√×对错正确错误" and answer):
             options, fields["type"] = TRUE_FALSE["zh"], "TF"
         for shared in self.shared:
-            if shared.first <= draft.number <= shared.last and draft.line > shared.line:
+            if shared.section == draft.section and shared.first <= draft.number <= shared.last:
                 fields["group_id"] = f"L{shared.line}"
                 if shared.kind == "options":
                     options, fields["type"] = shared.options, "B1"

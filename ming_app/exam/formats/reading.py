@@ -8,6 +8,7 @@ was taken for granted (format, encoding, columns) stands in the Import.
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,19 @@ EXCERPT = 80  # characters of a rejected row that are shown
 
 class BankFileError(MingError):
     """A file of questions as a whole cannot be read; the message says why and what to do."""
+
+
+class ColumnsError(BankFileError):
+    """The columns of a table, or the entries of JSON objects, are not understood; a person can say what they are.
+
+    `columns`: name -> field as far as it was understood. `format` and `encoding` of the file are set by read_bank.
+    """
+
+    format = encoding = ""
+
+    def __init__(self, en: str, zh: str, columns: Mapping[str, str]):
+        super().__init__(en, zh)
+        self.columns = columns
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,11 @@ def read_bank(data: bytes, name: str, options: ReadOptions | None = None) -> Imp
             f"{kind!r} is not a format; choose one of {', '.join(readers)}.",
             f"不支持格式 {kind!r}，可选：{'、'.join(readers)}。",
         )
-    rows, columns = readers[kind](content, options)
+    try:
+        rows, columns = readers[kind](content, options)
+    except ColumnsError as error:
+        error.format, error.encoding = kind, encoding
+        raise
     questions, rejected = _sort_out(rows, name, options)
     if not questions and not rejected:
         raise BankFileError("No question was found in the file.", "文件中没有找到题目。")
@@ -161,9 +179,10 @@ def guess_format(text: str, name: str) -> str:
     """A key of FORMATS, by the file's content first and by its ending."""
     ending = name.rpartition(".")[2].lower()
     start = text.lstrip()[:400]
-    if start.startswith(("{", "[")) and ending not in ("csv", "tsv", "gift"):
+    json_like = start.startswith("{") or re.match(r"\[\s*[\[{\]]", start)
+    if json_like and ending not in ("csv", "tsv", "gift"):
         return "jsonl"
-    if start.startswith("<") and "<" in start[:1]:
+    if start.startswith("<"):
         return "moodle"
     if ending in ("csv", "tsv", "tab"):
         return "csv"
@@ -216,13 +235,14 @@ class _Groups:
 
     def __init__(self) -> None:
         self._first: dict[str, Question] = {}
-        self._sizes: dict[str, int] = {}
 
     def completed(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """The fields with what the group has said already, where the row leaves it out."""
         group = fields.get("group_id")
         first = self._first.get(str(group)) if isinstance(group, str | int) and group else None
         if first is None:
+            return fields
+        if fields.get("type") not in (None, "", first.type):
             return fields
         shared: dict[str, Any] = {"type": first.type, "shared_stem": first.shared_stem}
         if first.shared_options:
@@ -231,7 +251,7 @@ class _Groups:
 
     def check(self, question: Question) -> None:
         """Raises QuestionError for a question that does not fit its group."""
-        if not question.group_id:
+        if not question.group_id or not question.kind.shares:
             return
         first = self._first.setdefault(question.group_id, question)
         if (question.type, question.shared_stem) != (first.type, first.shared_stem) or (
@@ -241,7 +261,6 @@ class _Groups:
                 f"type, case or shared options differ from those of its group {question.group_id!r}",
                 f"题型、共用题干或共用选项与所属题组 {question.group_id!r} 不一致",
             )
-        self._sizes[question.group_id] = self._sizes.get(question.group_id, 0) + 1
 
     def settled(self, question: Question) -> Question:
         """A1, A2, X and TF have no groups: an id that names one alone, or means nothing for the type, is dropped."""

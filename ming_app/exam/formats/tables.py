@@ -1,4 +1,4 @@
-"""Reads questions from tables: CSV and TSV of any usual dialect, and the first sheet with questions of an XLSX file.
+"""Reads questions from tables: CSV and TSV of any usual dialect, and the sheets with questions of an XLSX file.
 
 XLSX is read by openpyxl, row by row, after its zip members were measured: it is refused when they unpack to more than
 MAX_UNPACKED bytes, or when a part declares a document type (the door to entity expansion). Formulas are never computed;
@@ -64,7 +64,7 @@ def read_csv(text: str, options: ReadOptions) -> tuple[Iterator[Row], Mapping[st
 
 
 def read_xlsx(data: bytes, options: ReadOptions) -> tuple[Iterator[Row], Mapping[str, str]]:
-    """Rows of the first sheet that has a header with questions. Raises BankFileError."""
+    """Rows of every sheet that has a header with questions. Raises BankFileError where none has."""
     import openpyxl
 
     _measure(data)
@@ -73,12 +73,16 @@ def read_xlsx(data: bytes, options: ReadOptions) -> tuple[Iterator[Row], Mapping
             warnings.simplefilter("ignore")  # styles and extensions that do not concern us
             book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True, keep_links=False)
             failure: BankFileError | None = None
+            found: list[tuple[Iterator[Row], Mapping[str, str]]] = []
             for sheet in book.worksheets:
                 cells = list(_sheet(sheet))
                 try:
-                    return _rows(iter(cells), options)
+                    found.append(_rows(iter(cells), options))
                 except BankFileError as error:
                     failure = failure or error
+            if found:
+                columns = {name: field for _, own in reversed(found) for name, field in own.items()}
+                return (row for rows, _ in found for row in rows), columns
     except MingError:
         raise
     except Exception as error:  # a library over hostile bytes: whatever it raises, the file is at fault

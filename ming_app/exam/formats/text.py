@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+MAX_FRAGMENT = 40_000  # characters
 _BREAKS = {"br", "p", "div", "li", "tr", "h1", "h2", "h3", "h4", "table", "ul", "ol"}
 _SILENT = {"script", "style", "head", "title", "iframe", "object", "svg", "math", "template", "noscript"}
 
@@ -47,8 +48,14 @@ def html_words(html: str) -> tuple[str, int]:
     """The words, and how many images the fragment shows."""
     if "<" not in html and "&" not in html:
         return html.strip(), 0
+    html = html[:MAX_FRAGMENT]
     words = _Words()
-    words.feed(html)
-    words.close()
+    try:
+        if html.count("<") > html.count(">") + 50:  # no markup: the parser would search the rest again for each of them
+            return html.strip(), 0
+        words.feed(html)
+        words.close()
+    except AssertionError:  # of the standard library, over a marked section that makes no sense
+        return html.strip(), 0
     lines = re.sub(r"[ \t\u00a0]+", " ", "".join(words.parts)).split("\n")
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line.strip() for line in lines)).strip(), words.images

@@ -1,6 +1,6 @@
 """`write_bank`: questions -> bytes of a file for other programs, or for us again.
 
-JSON lines and CSV keep everything; GIFT and Moodle XML keep what their formats know, with groups and tags as Moodle tags;
+JSON lines keep everything, CSV all but tags of other names than ours; GIFT and Moodle XML keep what their formats know, with groups and tags as Moodle tags;
 Anki decks are for cards. In CSV no cell can be a formula: one that begins like one gets an apostrophe, which reading
 takes off again.
 """

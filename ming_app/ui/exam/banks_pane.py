@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ming_app.errors import MingError
-from ming_app.exam.formats import WRITERS, ReadOptions, read_bank, write_bank
+from ming_app.exam.formats import WRITERS, ColumnsError, Import, ReadOptions, read_bank, write_bank
 from ming_app.exam.formats.columns import FIELDS
 from ming_app.exam.formats.writing import ENDINGS
 from ming_app.exam.progress_file import read_progress, write_progress
@@ -116,7 +116,8 @@ class BanksPane:
         self.upload.upload(self.open_file, [session, self.upload], seen, **{**QUIET, "show_progress": "minimal"})
         self.read_again.click(self.reread, [session, self.columns], seen, **QUIET)
         quick(self.keep.click, self.keep_bank, [session, self.bank_title], [*self.tab.everything[:-1], self.import_box])
-        quick(self.remove.click, self.remove_bank, [session, self.tab.bank], self.tab.everything[:-1])
+        sure = "(s, name) => [s, ming.sure('remove') ? name : null]"
+        quick(self.remove.click, self.remove_bank, [session, self.tab.bank], self.tab.everything[:-1], js=sure)
         for button, handler, inputs in (
             (self.report, self.save_report, [session]),
             (self.export, self.save_bank, [session, self.tab.bank, self.export_kind]),
@@ -144,9 +145,13 @@ class BanksPane:
         try:
             data = Path(path).read_bytes()
             room.reading = (name, data, read_bank(data, name))
+            said = "" if self.tab.rooms.on_disk else pages.told(session.lang, t(session.lang, "exam.import_browser"))
+        except ColumnsError as error:  # the person says which column is which
+            room.reading = (name, data, Import((), (), error.format, error.encoding, error.columns))
+            said = pages.told(session.lang, "", error)
         except MingError as error:
             return {self.import_box: gr.update(visible=False), self.tab.message: pages.told(session.lang, "", error)}
-        return {**self._preview(session), self.bank_title: Path(name).stem[:80], self.tab.message: ""}
+        return {**self._preview(session), self.bank_title: Path(name).stem[:80], self.tab.message: said}
 
     def reread(self, session: Session, columns: list[list[str]] | None) -> Updates:
         """Reads the file again with the columns as the person named them."""
@@ -196,6 +201,8 @@ class BanksPane:
 
     def remove_bank(self, session: Session, name: str | None) -> Updates:
         room, lang = self.tab.room(session), session.lang
+        if not name:
+            return {}
         listed = next((bank for bank in room.desk.shelf.list() if bank.name == name), None)
         if listed is None or listed.ours:
             return {self.tab.message: pages.told(lang, t(lang, "exam.remove_ours"))}

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from ming_app.case_view import case_html, case_page, study
 from ming_app.engine.types import SamplingParams
-from ming_app.errors import MingError, StoppedError
+from ming_app.errors import MingError, PromptTooLongError, StoppedError
 from ming_app.exam.bank import letters_shown
 from ming_app.exam.candidate import Attempt, attempt
+from ming_app.exam.question import LETTERS
 from ming_app.exam.sitting import Sitting
 from ming_app.ui import chat, experts, render
 from ming_app.ui.bilingual import labelled, valued
@@ -89,10 +90,44 @@ class HelpPane:
                     lambda words: experts.panel("en", "ming-exam-panel"), lambda lang: {"words": experts.words(lang)}
                 )
 
-    def cleared(self, allowed: bool) -> Updates:
-        """For another question: nothing said yet. `allowed`: whether the model may help at all now."""
+    @property
+    def parts(self) -> list[Any]:
+        """Everything that `fresh` updates."""
+        return [
+            *self.buttons.values(),
+            self.option,
+            self.candidate,
+            self.compare,
+            self.to_chat,
+            self.box,
+            self.note,
+            self.text,
+            self.panel_box,
+            self.case,
+            self.print,
+        ]
+
+    def fresh(self, sitting: Sitting) -> Updates:
+        """For another question, or one whose key shows now: nothing said yet, and the buttons that make sense."""
+        index, over = sitting.position, sitting.finished is not None
+        revealed, question, order = sitting.revealed(index), sitting.questions[index], sitting.order(index)
+        # what the person may not know yet is not even sent
+        wrong = [(LETTERS[at], letter) for at, letter in enumerate(order) if revealed and letter not in question.answer]
+        mistaken = [letter for letter in sitting.response(index).chosen if letter in {letter for _, letter in wrong}]
+        chosen = next(iter([*mistaken, *(letter for _, letter in wrong)]), None)
+        after = [self.buttons[kind] for kind in tutor.REVEALING] + [
+            self.option,
+            self.candidate,
+            self.compare,
+            self.to_chat,
+        ]
         return {
-            self.box: gr.update(visible=allowed),
+            **{component: gr.update(visible=revealed) for component in after},
+            self.option: gr.update(visible=bool(wrong), choices=wrong, value=chosen),
+            self.buttons["why_not"]: gr.update(visible=bool(wrong)),
+            self.buttons["hint"]: gr.update(visible=not revealed),
+            self.compare: gr.update(visible=revealed and not question.kind.multiple),
+            self.box: gr.update(visible=sitting.mode == "tutor" or over),
             self.note: "",
             self.text: gr.update(value="", visible=False),
             self.panel_box: gr.update(visible=False),
@@ -120,11 +155,12 @@ class HelpPane:
             lambda: gr.update(visible=False), None, [self.stop], **QUIET
         )
 
-        def go(session: Session) -> list[Any]:
-            moved = self.continue_in_chat(session)
+        def go(session: Session, agreed: str) -> list[Any]:
+            moved = bool(agreed) and self.continue_in_chat(session)
             return [gr.Tabs(selected="chat") if moved else gr.skip(), *show(session), self.help_error(session)]
 
-        self.to_chat.click(go, [session], [tabs, *page, self.note], **QUIET)
+        agreed = "(s) => [s, ming.mayReplaceChat() ? 'yes' : '']"
+        self.to_chat.click(go, [session, self.tab.changes], [tabs, *page, self.note], js=agreed, **QUIET)
 
     # -- the model -----------------------------------------------------------------------------------------------
 
@@ -154,6 +190,7 @@ class HelpPane:
             question, order = sitting.questions[index], sitting.order(index)
             text = tutor.request(kind, question, order, payload.earlier_parts(sitting, index), option or order[0])
             room.helper = helper = Session(lang=lang, explorer=session.explorer)
+            room.helped = place = room.place
             chat.ask(helper, text[: chat.MAX_CHARS])
             note = pages.told(lang, t(lang, "exam.ai.similar_note")) if kind == "similar" else ""
             params = SamplingParams(HELP_TOKENS, temperature=0.3, deadline=DEADLINE)
@@ -163,6 +200,8 @@ class HelpPane:
 
             with closing(chat.answer(self.do.loader.state.engine, helper, params)) as steps:
                 for _ in steps:
+                    if room.place != place:  # another question is in view by now
+                        return
                     yield self._help(helper, note, shown)
             # once more and whole: of updates that come together the page keeps the last only
             yield self._help(helper, note, shown)
@@ -196,6 +235,8 @@ class HelpPane:
             yield {self.note: pages.told(lang, "", error)}
             return
         room.attempts[question.key] = found
+        if room.sitting is not sitting or sitting.position != index:
+            return
         yield {
             self.tab.card: payload.card(room, lang),
             self.note: pages.told(lang, _opinion(lang, sitting, index, found)),
@@ -215,7 +256,8 @@ class HelpPane:
                     wait = pages.told(lang, t(lang, "exam.result.beside_wait", i=index + 1, n=total))
                     yield {self.box: gr.update(visible=True), self.note: wait, self.stop: gr.update(visible=True)}
                     earlier = payload.earlier_parts(sitting, index)
-                    room.attempts[question.key] = attempt(self.do.loader.state.engine, question, earlier)
+                    with suppress(PromptTooLongError):  # it counts as not answered
+                        room.attempts[question.key] = attempt(self.do.loader.state.engine, question, earlier)
         except MingError as error:
             yield {self.note: pages.told(lang, "", error), self.stop: gr.update(visible=False)}
             return
@@ -236,6 +278,8 @@ class HelpPane:
             yield {self.note: wait, self.case: "", self.stop: gr.update(visible=True)}
             earlier = payload.earlier_parts(sitting, index)
             room.case = study(self.do.loader.state.engine, sitting.questions[index], earlier, cancel=cancel)
+            if room.sitting is not sitting or sitting.position != index:
+                return
         except MingError as error:
             yield {self.note: pages.told(lang, "", error), self.stop: gr.update(visible=False)}
             return
@@ -275,7 +319,9 @@ class HelpPane:
         index = sitting.position
         text = tutor.about(sitting.questions[index], sitting.order(index), payload.earlier_parts(sitting, index))
         helper = room.helper
-        answered = helper is not None and helper.run is None and len(helper.turns) == 2
+        answered = (
+            helper is not None and helper.run is None and len(helper.turns) == 2 and room.helped[:2] == room.place[:2]
+        )
         chat.clear(session)
         if answered and helper is not None:
             session.turns = [Turn("user", text), helper.turns[-1]]

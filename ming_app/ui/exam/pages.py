@@ -51,9 +51,19 @@ def shares_table(lang: str, title: str, kind: str, shares: Sequence[Share]) -> s
 
 def result_page(lang: str, title: str, sitting: Sitting, found: Result) -> str:
     """The result of a finished sitting."""
-    line = t(lang, "exam.result.passed" if found.passed else "exam.result.failed", line=percent(sitting.pass_share))
+    mock = sitting.kind == "mock"
+    points = f"{round(sitting.pass_share * found.total, 1):g}/{found.total}"
+    line = t(
+        lang,
+        "exam.result.passed" if found.passed else "exam.result.failed",
+        points=points,
+        line=percent(sitting.pass_share),
+    )
     low, high = Share("", found.right, found.total).interval
-    score = t(lang, "exam.result.score", score=f"{found.score:g}", total=found.total)
+    if mock:
+        score = t(lang, "exam.result.score", score=f"{round(found.score, 2):g}", total=found.total)
+    else:
+        score = t(lang, "exam.result.practice", right=found.right, done=found.total, n=len(sitting.questions))
     facts = [
         percent(found.right / found.total if found.total else None),
         t(lang, "exam.result.interval", low=percent(low), high=percent(high)),
@@ -64,11 +74,11 @@ def result_page(lang: str, title: str, sitting: Sitting, found: Result) -> str:
             each=duration_text(lang, found.seconds / max(found.total, 1)),
         ),
     ]
-    if found.unanswered:
+    if found.unanswered and mock:
         facts.append(t(lang, "exam.result.unanswered", n=found.unanswered))
     verdict = (
         f'<p class="{"er-passed" if found.passed else "er-failed"}">{escape(line)}</p>'
-        if sitting.kind == "mock"
+        if mock and sitting.pass_share
         else ""
     )
     time_up = f'<p class="er-muted">{escape(t(lang, "exam.result.time_up"))}</p>' if sitting.ending == "time" else ""
@@ -77,7 +87,7 @@ def result_page(lang: str, title: str, sitting: Sitting, found: Result) -> str:
         for kind, shares in (("subject", found.subjects), ("type", found.types), ("confidence", found.confidence))
     )
     return (
-        f'<div class="er" role="status"><h2>{escape(t(lang, "exam.result.title"))}: {escape(title)}</h2>'
+        f'<div class="er" role="status"><h2>{escape(t(lang, "exam.result.title" if mock else "exam.result.title_practice", title=title))}</h2>'
         f'<p class="er-score">{escape(score)}</p>{verdict}{time_up}<p class="er-muted">{escape(" · ".join(facts))}</p>{tables}{_each(lang, sitting)}</div>'
     )
 
@@ -104,7 +114,7 @@ def _each(lang: str, sitting: Sitting) -> str:
 def beside(lang: str, sitting: Sitting, attempts: Mapping[str, Attempt]) -> str:
     """The student's right answers and the model's, counted together."""
     mine = [given.correct for given in sitting.grades()]
-    its = [attempts[question.key].correct for question in sitting.questions]
+    its = [q.key in attempts and attempts[q.key].correct for q in sitting.questions]
     both = sum(a and b for a, b in zip(mine, its, strict=True))
     counts = {"model": sum(its), "you": sum(mine), "n": len(mine), "both": both}
     return t(lang, "exam.result.beside_done", **counts, only_you=sum(mine) - both, only_model=sum(its) - both)
@@ -255,15 +265,13 @@ def rejected_csv(lang: str, read: Import) -> str:
     return "\ufeff" + out.getvalue()
 
 
-def short_notice(lang: str, drawn: Drawn, wanted: int) -> str:
+def short_notice(lang: str, drawn: Drawn) -> str:
     """What the bank lacked for a mock exam."""
     lines = [
         t(lang, "exam.short", kind=name_of(lang, "type", part.type) or part.subject, have=have, wanted=part.count)
         for part, have in drawn.short
         if part.type or part.subject
     ]
-    if len(drawn.questions) < wanted:
-        lines = [t(lang, "exam.short_all", n=len(drawn.questions), wanted=wanted)]
     return " ".join(lines)
 
 

@@ -49,7 +49,7 @@ def card(room: Room, lang: str) -> dict[str, Any]:
 def _state(sitting: Sitting, at: int) -> str:
     """One figure of the answer sheet: 0 not answered, 1 answered, 2 right, 3 wrong, 4 not open yet."""
     response = sitting.response(at)
-    if sitting.revealed(at):
+    if sitting.revealed(at) and response.chosen:
         return "2" if grade(sitting.questions[at], response.chosen, sitting.partial).correct else "3"
     return "4" if sitting.hidden(at) else "1" if response.chosen else "0"
 
@@ -72,7 +72,12 @@ def _question(room: Room, sitting: Sitting, index: int, lang: str) -> dict[str, 
         "told": [q.stem for q in earlier_parts(sitting, index)] if question.kind.locks else [],
         "stem": question.stem,
         "image": question.image,
-        "tags": [name_of(lang, tag, question.tags[tag]) for tag in ("subject", "difficulty") if tag in question.tags],
+        "tags": [
+            name_of(lang, tag, question.tags[tag])
+            for tag in ("subject", "difficulty")
+            if tag in question.tags
+            and (sitting.mode == "tutor" or sitting.finished is not None)  # a real paper has none
+        ],
         "options": [{"letter": letter, "text": question.options[letter]} for letter in order],
         "chosen": "".join(response.chosen),
         "struck": "".join(response.struck),

@@ -16,6 +16,7 @@ from ming_app.exam.desk import Choice, Desk
 from ming_app.exam.formats import Import
 from ming_app.exam.question import Question
 from ming_app.exam.sitting import PRESETS, Sitting
+from ming_app.exam.statistics import result
 from ming_app.exam.store import Store
 from ming_app.settings import Settings
 
@@ -29,9 +30,13 @@ class Room:
     desk: Desk
     bank: str = ""
     """name of the chosen bank"""
+    filtered: tuple[str, str] = ("", "")
+    """bank and language for which the page lists the tags"""
+    preset: str = PRESETS[0].name
+    """name of the chosen shape of a mock exam"""
     open: str = ""
     """id of the sitting in view, "" at home"""
-    shown: tuple[str, int, bool] = ("", 0, False)
+    shown: tuple[str, int, bool, bool] = ("", 0, False, False)
     """the `place` for which the page around the card was drawn last"""
     seq: int = 0
     """number of the card's last action; the card ignores answers to earlier ones"""
@@ -43,6 +48,8 @@ class Room:
     """a file that may be imported: name, content, what was read"""
     helper: Any = None
     """the chat.Session of the model's last help"""
+    helped: tuple[str, int, bool, bool] = ("", 0, False, False)
+    """the `place` that help was for"""
     case: Any = None
     """the last case_view.Case"""
     stop_case: threading.Event = field(default_factory=threading.Event)
@@ -65,15 +72,20 @@ class Room:
         return sitting.questions[sitting.position] if sitting is not None else None
 
     @property
-    def place(self) -> tuple[str, int, bool]:
-        """What decides on the page around the card: the sitting, the question, whether it is over."""
+    def place(self) -> tuple[str, int, bool, bool]:
+        """What decides on the page around the card: the sitting, the question, whether it is over, whether the key shows."""
         sitting = self.sitting
-        return (self.open, sitting.position, sitting.finished is not None) if sitting is not None else ("", 0, False)
+        if sitting is None:
+            return "", 0, False, False
+        return self.open, sitting.position, sitting.finished is not None, sitting.revealed(sitting.position)
 
     def title(self, sitting: Sitting, lang: str) -> str:
         """What a sitting is called: its bank, and the shape of a mock exam."""
         plan = next((plan for plan in PRESETS if plan.name == sitting.title), None)
-        bank = self.desk.bank(sitting.bank).title(lang)
+        try:
+            bank = self.desk.bank(sitting.bank).title(lang)
+        except MingError:  # removed meanwhile
+            bank = sitting.bank
         return f"{plan.titles[lang]} · {bank}" if plan is not None else bank
 
     def act(self, event: Any) -> None:
@@ -81,8 +93,6 @@ class Room:
         if not isinstance(event, Mapping):
             raise _unknown()
         self.error = None
-        if isinstance(event.get("seq"), int):
-            self.seq = max(self.seq, event["seq"])
         action = _ACTIONS.get(str(event.get("do")))
         sitting = self.sitting
         if action is None or sitting is None:
@@ -91,6 +101,11 @@ class Room:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(sitting.questions):
             raise _unknown()
         action(self, sitting, index, event.get("value"))
+
+    def seen(self, event: Any) -> None:
+        """The action was taken, or refused: what the card shows from now on is later than it."""
+        if isinstance(event, Mapping) and isinstance(event.get("seq"), int):
+            self.seq = max(self.seq, event["seq"])
 
     # -- actions -------------------------------------------------------------------------------------------------
 
@@ -133,6 +148,7 @@ class Room:
         self.desk.finish(sitting.id)
 
     def _leave(self, sitting: Sitting, _index: int, _value: Any) -> None:
+        self.desk.leave(sitting.id)
         self.open = ""
 
     def _look(self, sitting: Sitting, _index: int, _value: Any) -> None:
@@ -144,10 +160,14 @@ class Room:
         self.open = self.desk.practise(bank, choice).id
 
     def repeat_wrong(self) -> None:
-        """A run of the questions that were wrong in the sitting in view."""
+        """A run of the questions that were wrong in the sitting in view. Raises UsageError where there are none."""
         sitting = self.sitting
-        if sitting is not None:
-            self.open = self.desk.practise(sitting.bank, Choice(only="wrong")).id
+        if sitting is None:
+            raise _unknown()
+        wrong = [sitting.questions[at].key for at in result(sitting).wrong]
+        if not wrong:
+            raise UsageError("Nothing was wrong in this one.", "本卷没有错题。")
+        self.open = self.desk.practise(sitting.bank, Choice(keys=wrong)).id
 
 
 _ACTIONS: Mapping[str, Callable[[Room, Sitting, int, Any], None]] = {
@@ -187,6 +207,7 @@ class Rooms:
     def __init__(self, settings: Settings):
         self._settings = settings
         self._desk: Desk | None = None
+        self.lock = threading.RLock()
 
     @property
     def on_disk(self) -> bool:
@@ -200,6 +221,7 @@ class Rooms:
         """Raises StoreError when progress cannot be kept where the settings say."""
         if not self.on_disk:
             return Room(Desk(Store(":memory:"), Shelf(None)))
-        if self._desk is None:
-            self._desk = Desk(Store(self.folder / "progress.sqlite"), Shelf(self.folder / "banks"))
-        return Room(self._desk)
+        with self.lock:  # two windows may open at once, and must share one desk
+            if self._desk is None:
+                self._desk = Desk(Store(self.folder / "progress.sqlite"), Shelf(self.folder / "banks"))
+            return Room(self._desk)

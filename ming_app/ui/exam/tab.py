@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import gradio as gr
 
 from ming_app.errors import MingError
 from ming_app.exam.desk import ONLY, ORDERS, Choice
-from ming_app.exam.question import TYPES
-from ming_app.exam.sitting import MODES, PRESETS, Blueprint, Part, Sitting
+from ming_app.exam.sitting import MODES, PRESETS, Sitting
 from ming_app.exam.statistics import result, statistics
 from ming_app.exam.store import CAUSES
 from ming_app.settings import Settings
@@ -23,13 +23,14 @@ from ming_app.ui.chat import Session
 from ming_app.ui.exam import pages, payload
 from ming_app.ui.exam.banks_pane import BanksPane
 from ming_app.ui.exam.help_pane import HelpPane
+from ming_app.ui.exam.plans import OWN, filled, own_blueprint, preset_item
 from ming_app.ui.exam.room import Room, Rooms
 from ming_app.ui.exam.words import EXAM_TEXTS
 from ming_app.ui.handlers import Handlers
-from ming_app.ui.text import t
+from ming_app.ui.text import duration_text, t
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-OWN = "own"
+HISTORY = 50  # finished sittings that can be opened again
 Updates = dict[Any, Any]
 
 
@@ -38,6 +39,20 @@ def _radio_words(name: str, values: Sequence[str]) -> Words:
         "label": t(lang, f"exam.{name}"),
         "choices": [(t(lang, f"exam.{name}_{value}"), value) for value in values],
     }
+
+
+def _like(handler: Callable[..., Updates], changes: Any) -> Callable[..., Updates]:
+    """The handler, which also empties `changes` unless it sets them: what an earlier action wrote is not kept again."""
+
+    @wraps(handler)
+    def run(*values: Any, **events: Any) -> Updates:
+        return {changes: "", **handler(*values, **events)}
+
+    return run
+
+
+def _day(at: float) -> str:
+    return time.strftime("%m-%d %H:%M", time.localtime(at))
 
 
 def card_words(lang: str) -> str:
@@ -96,6 +111,11 @@ class ExamTab:
                     self.days = gr.Plot(show_label=False, visible=False, min_width=320)
                     self.forecast = gr.Plot(show_label=False, visible=False, min_width=320)
                 self.statistics = gr.HTML("", apply_default_css=False, elem_id="ming-exam-statistics")
+                with gr.Row(visible=False, elem_id="ming-exam-history") as self.history_row:
+                    self.history = words(
+                        gr.Dropdown, labelled("exam.history"), choices=[], interactive=True, min_width=260
+                    )
+                    self.review = self.button("exam.history_open", "ming-exam-history-open")
             with words(gr.Tab, labelled("exam.banks"), id="banks"):
                 self.panes.banks()
             with words(gr.Tab, labelled("exam.data"), id="data"):
@@ -128,7 +148,7 @@ class ExamTab:
                 interactive=True,
                 min_width=180,
             )
-            self.count = words(gr.Number, labelled("exam.count"), value=0, precision=0, minimum=0, min_width=140)
+            self.count = words(gr.Number, labelled("exam.count"), value=20, precision=0, minimum=0, min_width=140)
         with gr.Row():
             self.shuffle = words(gr.Checkbox, labelled("exam.shuffle_options"), value=True, min_width=180)
             self.partial = words(gr.Checkbox, labelled("exam.partial"), value=False, min_width=180)
@@ -140,11 +160,12 @@ class ExamTab:
             gr.Dropdown,
             lambda lang: {
                 "label": t(lang, "exam.preset"),
-                "choices": [(p.titles[lang], p.name) for p in PRESETS] + [(t(lang, "exam.preset_own"), OWN)],
+                "choices": [(preset_item(lang, p), p.name) for p in PRESETS] + [(t(lang, "exam.preset_own"), OWN)],
             },
-            value=PRESETS[-1].name,
+            value=PRESETS[0].name,
             elem_id="ming-exam-preset",
         )
+        self.fill = gr.HTML("", apply_default_css=False, elem_id="ming-exam-fill")
         with gr.Row(visible=False) as self.own_row:
             number: dict[str, Any] = {"precision": 0, "minimum": 1, "min_width": 120}
             self.own_count = words(gr.Number, labelled("exam.own_count"), value=50, maximum=1000, **number)
@@ -206,19 +227,13 @@ class ExamTab:
             self.own_types,
             self.own_subjects,
         ]
-        homes = [*choices, self.counts, self.message]
+        homes = [*choices, self.counts, self.fill, self.history_row, self.history, self.message]
         runs = [
             self.card,
             self.run_box,
             self.result,
             self.after_row,
-            self.help.box,
-            self.help.option,
-            self.help.note,
-            self.help.text,
-            self.help.panel_box,
-            self.help.case,
-            self.help.print,
+            *self.help.parts,
         ]
         everything = [*homes, *runs, self.changes]
         self.everything = everything
@@ -226,12 +241,14 @@ class ExamTab:
         def quick(
             event: Any, handler: Callable[..., Updates], inputs: list[Any], outputs: list[Any], **more: Any
         ) -> Any:
-            done = event(handler, inputs, list(dict.fromkeys([*outputs, self.changes])), **{**QUIET, **more})
+            done = event(
+                _like(handler, self.changes), inputs, list(dict.fromkeys([*outputs, self.changes])), **{**QUIET, **more}
+            )
             if not self.rooms.on_disk:
                 done.then(None, [self.changes], None, js="(text) => ming.keepProgress(text)")
             return done
 
-        quick(tab.select, self.refresh, [session], everything)
+        quick(tab.select, self.arrive, [session], everything)
         quick(self.bank.input, self.choose_bank, [session, self.bank], everything)
         quick(self.card.select, self.act, [session], everything, trigger_mode="multiple")
         practised = [
@@ -248,9 +265,11 @@ class ExamTab:
         own = [self.own_count, self.own_minutes, self.own_pass, self.own_types, self.own_subjects, self.own_pause]
         mocked = [session, self.bank, self.preset, self.mock_shuffle, self.mock_partial, *own]
         quick(self.start_mock.click, self.begin_mock, mocked, everything)
-        self.preset.input(lambda name: gr.update(visible=name == OWN), [self.preset], [self.own_row], **QUIET)
+        self.preset.input(self.choose_preset, [session, self.preset], [self.own_row, self.fill], **QUIET)
         quick(self.resume.click, self.go_on, [session, self.unfinished], everything)
-        quick(self.discard.click, self.drop, [session, self.unfinished], everything)
+        sure = "(s, name) => [s, ming.sure('discard') ? name : null]"
+        quick(self.discard.click, self.drop, [session, self.unfinished], everything, js=sure)
+        quick(self.review.click, self.go_on, [session, self.history], everything)
         quick(self.again.click, self.repeat_wrong, [session], everything)
         quick(self.home.click, self.back, [session], everything)
         drawn = [self.statistics, self.days, self.forecast]
@@ -271,9 +290,20 @@ class ExamTab:
     # -- what is shown -------------------------------------------------------------------------------------------
 
     def room(self, session: Session) -> Room:
-        if session.exam is None:
-            session.exam = self.rooms.new()
-        return session.exam
+        with self.rooms.lock:
+            if session.exam is None:
+                session.exam = self.rooms.new()
+            return session.exam
+
+    def arrive(self, session: Session) -> Updates:
+        """The tab was opened: a question in view stays as it is, with what the model said about it."""
+        try:
+            room = self.room(session)
+            if room.open and room.shown == room.place:
+                return {self.card: payload.card(room, session.lang)}
+        except MingError as error:
+            return {self.message: pages.told(session.lang, "", error)}
+        return self.refresh(session)
 
     def refresh(self, session: Session) -> Updates:
         """Everything as it stands."""
@@ -302,6 +332,9 @@ class ExamTab:
             found |= self._bank_now(room, lang)
         waiting = room.desk.unfinished()
         items = [(self._unfinished_item(room, lang, sitting), sitting.id) for sitting in waiting]
+        past = self._history(room, lang)
+        found[self.history_row] = gr.update(visible=bool(past))
+        found[self.history] = gr.update(choices=past, value=past[0][1] if past else None)
         found[self.unfinished_row] = gr.update(visible=bool(items))
         found[self.unfinished] = gr.update(choices=items, value=items[0][1] if items else None)
         return found
@@ -309,13 +342,14 @@ class ExamTab:
     def _bank_now(self, room: Room, lang: str) -> Updates:
         desk = room.desk
         bank = desk.bank(room.bank)
-        seen = sum(key in bank.places for key in desk.store.weakness(bank.name))
-        counts = {
-            "n": len(bank.questions),
-            "seen": seen,
-            "due": len(desk.store.due(bank.name)),
-            "wrong": len(desk.store.wrong(bank.name)),
-            "flagged": len(desk.store.flagged(bank.name)),
+        counts = {"n": len(bank.questions)} | {
+            name: sum(key in bank.places for key in keys)
+            for name, keys in (
+                ("seen", desk.store.weakness()),
+                ("due", desk.store.due()),
+                ("wrong", desk.store.wrong()),
+                ("flagged", desk.store.flagged()),
+            )
         }
 
         def choices(tag: str) -> list[tuple[str, str]]:
@@ -328,26 +362,40 @@ class ExamTab:
             for value, n in bank.values(tag)[:200]
         ]
         lists = {tag: choices(tag) for tag in ("type", "subject", "difficulty")} | {"more": more}
+        # filters that were set stay for as long as the bank does
+        unset: dict[str, Any] = {} if room.filtered == (bank.name, lang) else {"value": []}
+        room.filtered = (bank.name, lang)
         found: Updates = {
-            self.tags[tag]: gr.update(choices=values, value=[], visible=bool(values)) for tag, values in lists.items()
+            self.tags[tag]: gr.update(choices=values, visible=bool(values), **unset) for tag, values in lists.items()
         }
         found |= {
-            self.own_types: gr.update(choices=lists["type"], value=[]),
-            self.own_subjects: gr.update(choices=lists["subject"], value=[]),
+            self.own_types: gr.update(choices=lists["type"], **unset),
+            self.own_subjects: gr.update(choices=lists["subject"], **unset),
             self.counts: f'<p class="xp-hint">{t(lang, "exam.counts", **counts)}</p>',
+            self.fill: filled(lang, bank, room.preset),
         }
         return found
 
     def _unfinished_item(self, room: Room, lang: str, sitting: Sitting) -> str:
-        when = time.strftime("%m-%d %H:%M", time.localtime(sitting.started))
-        return t(
-            lang,
-            "exam.unfinished_item",
-            title=room.title(sitting, lang),
-            done=sitting.answered(),
-            n=len(sitting.questions),
-            when=when,
-        )
+        counts = {"done": sitting.answered(), "n": len(sitting.questions)}
+        said = t(lang, "exam.unfinished_item", title=room.title(sitting, lang), when=_day(sitting.started), **counts)
+        left = sitting.remaining(room.desk.store.now())
+        return said if left is None else f"{said} · {t(lang, 'exam.unfinished_left', left=duration_text(lang, left))}"
+
+    def _history(self, room: Room, lang: str) -> list[tuple[str, str]]:
+        """Finished sittings, newest first; those whose questions are gone are left out."""
+        found = []
+        for row in room.desk.store.sittings(finished=True)[:HISTORY]:
+            try:
+                sitting = room.desk.sitting(row["id"])
+            except MingError:
+                continue
+            came = result(sitting)
+            if came.total:
+                title = room.title(sitting, lang)
+                item = {"when": _day(sitting.started), "title": title, "right": came.right, "total": came.total}
+                found.append((t(lang, "exam.history_item", **item), sitting.id))
+        return found
 
     def _card_now(self, session: Session) -> Updates:
         """The card and what stands around it."""
@@ -361,11 +409,7 @@ class ExamTab:
             pages.result_page(lang, room.title(sitting, lang), sitting, result(sitting)) if over else ""
         )
         found[self.after_row] = gr.update(visible=over)
-        letters = sitting.order(sitting.position)
-        found[self.help.option] = gr.update(
-            choices=[(chr(65 + at), letter) for at, letter in enumerate(letters)], value=letters[0]
-        )
-        found |= self.help.cleared(sitting.mode == "tutor" or over)
+        found |= self.help.fresh(sitting)
         return found
 
     def with_changes(self, session: Session, found: Updates) -> Updates:
@@ -381,11 +425,14 @@ class ExamTab:
         """One action of the card. Only what changed is sent back."""
         room = self.room(session)
         try:
-            room.act(json.loads(event.value) if isinstance(event.value, str) and len(event.value) < 10_000 else None)
+            said = json.loads(event.value) if isinstance(event.value, str) and len(event.value) < 10_000 else None
         except (ValueError, RecursionError):
-            return {}
+            said = None
+        try:
+            room.act(said)
         except MingError as error:
             room.error = error
+        room.seen(said)
         found: Updates
         try:
             place = room.place
@@ -422,6 +469,14 @@ class ExamTab:
         room.bank = name or ""
         return self.refresh(session)
 
+    def choose_preset(self, session: Session, name: str) -> Updates:
+        room = self.room(session)
+        room.preset = name
+        shown: Updates = {self.own_row: gr.update(visible=name == OWN)}
+        if room.bank:
+            shown[self.fill] = filled(session.lang, room.desk.bank(room.bank), name)
+        return shown
+
     def practise(self, session: Session, bank: str | None, only: str, order: str, mode: str, *rest: Any) -> Updates:
         *tags, causes, count, shuffle, partial = rest
         wanted: dict[str, list[str]] = {}
@@ -429,27 +484,33 @@ class ExamTab:
             for value in values or []:
                 tag, _, word = value.partition("=") if name == "more" else (name, "", value)
                 wanted.setdefault(tag, []).append(word)
-        choice = Choice(only, order, wanted, int(count or 0), causes or (), mode, bool(shuffle), bool(partial))
+        choice = Choice(
+            only=only,
+            order=order,
+            tags=wanted,
+            count=int(count or 0),
+            causes=causes or (),
+            mode=mode,
+            shuffle_options=bool(shuffle),
+            partial=bool(partial),
+        )
         return self._begun(session, lambda room: room.practise(bank or "", choice))
 
     def begin_mock(
         self, session: Session, bank: str | None, preset: str, shuffle: bool, partial: bool, *own: Any
     ) -> Updates:
-        plan = next((p for p in PRESETS if p.name == preset), None) or _own_blueprint(*own)
+        plan = next((p for p in PRESETS if p.name == preset), None) or own_blueprint(*own)
 
         def begin(room: Room) -> None:
             sitting, drawn = room.desk.mock(bank or "", plan, shuffle_options=bool(shuffle), partial=bool(partial))
             room.open = sitting.id
-            room.notice = pages.short_notice(session.lang, drawn, plan.size)
+            room.notice = pages.short_notice(session.lang, drawn)
 
         return self._begun(session, begin)
 
     def go_on(self, session: Session, name: str | None) -> Updates:
         def begin(room: Room) -> None:
-            sitting = room.desk.sitting(name or "")
-            if sitting.finished is None and sitting.paused is None:
-                room.desk.go(sitting.id, sitting.position)
-            room.open = sitting.id
+            room.open = room.desk.come_back(name or "").id
 
         return self._begun(session, begin)
 
@@ -478,19 +539,3 @@ class ExamTab:
             self.days: gr.update(value=pages.days_figure(lang, found) if some else None, visible=some),
             self.forecast: gr.update(value=pages.forecast_figure(lang, found) if some else None, visible=some),
         }
-
-
-def _own_blueprint(
-    count: float, minutes: float, line: float, types: list[str] | None, subjects: list[str] | None, pause: bool
-) -> Blueprint:
-    """A mock exam of one's own: the questions spread evenly over the chosen types and subjects."""
-    cells = [(kind, subject) for kind in (types or [""]) for subject in (subjects or [""])]
-    total = max(1, min(1000, int(count or 1)))
-    cells = cells[:total]
-    sizes = [total // len(cells) + (at < total % len(cells)) for at in range(len(cells))]
-    parts = tuple(
-        Part(size, kind if kind in TYPES else "", subject) for size, (kind, subject) in zip(sizes, cells, strict=True)
-    )
-    titles = {lang: t(lang, "exam.mock") for lang in ("zh", "en")}
-    limit, share = max(1.0, min(1000.0, float(minutes or 1))), max(0.0, min(1.0, float(line or 0) / 100))
-    return Blueprint(OWN, titles, limit, parts, share, bool(pause))

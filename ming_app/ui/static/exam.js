@@ -6,6 +6,7 @@ const $ = (selector) => element.querySelector(selector);
 const LETTERS = "ABCDEFGHIJ";
 const CAUSES = ["knowledge", "misread", "reasoning", "time"];
 const SURE = ["sure", "unsure", "guess"];
+const PATIENCE = 10000; // milliseconds
 let words = {}, now = { open: false }, seq = 0, ends = null, shownKey = "", asking = false, noteTimer = null;
 
 const say = (key, values = {}) => (words[key] || "").replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
@@ -17,8 +18,18 @@ const node = (tag, className, text) => {
   return made;
 };
 const put = (selector, text) => { const made = $(selector); made.textContent = text; made.hidden = !text; };
-const send = (action, value = null, index = now.index) =>
-  trigger("select", { value: JSON.stringify({ do: action, seq: ++seq, index, value }) });
+// Actions go one after the other: the next when the answer to the one before is there (or does not come).
+const waiting = [];
+let busy = null;
+const send = (action, value = null, index = now.index) => {
+  waiting.push({ do: action, seq: ++seq, index, value });
+  next();
+};
+function next() {
+  if (busy || !waiting.length) return;
+  busy = setTimeout(() => { busy = null; next(); }, PATIENCE);
+  trigger("select", { value: JSON.stringify(waiting.shift()) });
+}
 
 // -- drawing --------------------------------------------------------------------------------------------------------
 
@@ -32,6 +43,7 @@ function draw() {
   put(".ex-notice", now.notice);
   $(".ex-finish").textContent = say(now.kind === "mock" ? "finish" : "end");
   $(".ex-finish").hidden = $(".ex-leave").hidden = now.finished;
+  $(".ex-leave").textContent = say(now.kind === "mock" && !now.paused ? "leave_mock" : "leave");
   $(".ex-pause").hidden = !now.pausable || now.finished;
   $(".ex-pause").textContent = say(now.paused ? "resume" : "pause");
   $(".ex-stand").hidden = !now.paused;
@@ -74,15 +86,27 @@ function question() {
   const area = $(".ex-note textarea");
   if (shownKey !== q.key) area.value = q.note;
   area.placeholder = say("note_hint");
+  $(".ex-note").hidden = now.mode === "exam" && !now.finished;
   if (shownKey !== q.key && shownKey && !asking) $(".ex-stem").focus({ preventScroll: true });
   shownKey = q.key;
 }
 
+// Redraws without taking the focus away from the control that has it.
+function keepingFocus(box, draw) {
+  const at = box.contains(document.activeElement) ? document.activeElement : null, name = at?.className.split(" ")[0], value = at?.dataset.value;
+  draw();
+  if (at) [...box.querySelectorAll(`.${name}`)].find((made) => made.dataset.value === value)?.focus({ preventScroll: true });
+}
+
 function options(q) {
+  keepingFocus($(".ex-options"), () => drawOptions(q));
+}
+function drawOptions(q) {
   const box = $(".ex-options"), key = q.revealed ? q.revealed.key : "", chances = q.revealed?.model?.chances || {};
   box.setAttribute("role", q.multiple ? "group" : "radiogroup");
   box.replaceChildren(...q.options.map(({ letter, text }, at) => {
     const row = node("div", "ex-option"), pick = node("button", "ex-pick");
+    pick.dataset.value = letter;
     const chosen = q.chosen.includes(letter), struck = q.struck.includes(letter), right = key.includes(letter);
     pick.setAttribute("role", q.multiple ? "checkbox" : "radio");
     pick.setAttribute("aria-checked", chosen);
@@ -109,10 +133,11 @@ function options(q) {
     pick.addEventListener("click", () => choose(letter));
     row.append(pick);
     if (!q.final) {
-      const strike = node("button", "ex-strike", "⌫");
+      const strike = node("button", "ex-strike", "⊘");
       strike.setAttribute("aria-label", say("strike", { letter: LETTERS[at] }));
       strike.title = strike.getAttribute("aria-label");
       strike.setAttribute("aria-pressed", struck);
+      strike.dataset.value = letter;
       strike.addEventListener("click", () => {
         q.struck = struck ? q.struck.replace(letter, "") : q.struck + letter;
         send("strike", q.struck);
@@ -132,9 +157,10 @@ function verdict(q) {
   const kind = shown.correct ? "right" : !q.chosen ? "unanswered" : shown.score > 0 ? "partly" : "wrong";
   made.className = `ex-verdict ex-is-${shown.correct ? "right" : "wrong"}`;
   made.textContent = `${say(kind)} · ${say("key", { letters: shown.shown })}`;
+  const colon = document.documentElement.lang.startsWith("zh") ? "：" : ": ";
   $(".ex-explanation").textContent = shown.explanation || say("no_explanation");
-  put(".ex-reference", shown.reference && `${say("reference")}: ${shown.reference}`);
-  put(".ex-source", shown.source && `${say("source")}: ${shown.source}`);
+  put(".ex-reference", shown.reference && `${say("reference")}${colon}${shown.reference}`);
+  put(".ex-source", shown.source && `${say("source")}${colon}${shown.source}`);
   put(".ex-due", shown.due && say("due", { when: shown.due }));
   choices(".ex-cause", CAUSES, "cause_", q.cause, false, (value) => { q.cause = value; send("cause", value); });
   $(".ex-cause").hidden = shown.correct;
@@ -142,14 +168,14 @@ function verdict(q) {
 
 function choices(selector, values, prefix, chosen, locked, pick) {
   const box = $(selector), legend = box.querySelector("legend");
-  box.replaceChildren(legend, ...values.map((value) => {
+  keepingFocus(box, () => box.replaceChildren(legend, ...values.map((value) => {
     const made = node("button", "ex-chip", say(prefix + value));
     made.setAttribute("aria-pressed", value === chosen);
     made.dataset.value = value;
     made.disabled = locked;
     made.addEventListener("click", () => { pick(value === chosen ? "" : value); draw(); });
     return made;
-  }));
+  })));
 }
 
 function sheet() {
@@ -168,7 +194,7 @@ function sheet() {
     if (at === now.index) cell.setAttribute("aria-current", "true"); else cell.removeAttribute("aria-current");
     cell.setAttribute("aria-label", [at + 1, say(`state_${state}`), flags.has(at) ? say("flagged") : ""].filter(Boolean).join(", "));
   });
-  const counts = ["0", "1", "2", "3"].map((state) => [state, states.filter((s) => s === state).length]).filter(([, n]) => n);
+  const counts = ["0", "1", "2", "3", "4"].map((state) => [state, states.filter((s) => s === state).length]).filter(([, n]) => n);
   $(".ex-sheet-legend").replaceChildren(...counts.map(([state, n]) => {
     const made = node("span");
     made.append(node("i", `ex-cell ex-state-${state}`), `${say(`state_${state}`)} ${n}`);
@@ -183,7 +209,7 @@ function clock() {
   const box = $(".ex-clock");
   box.hidden = now.left === null || now.left === undefined;
   if (box.hidden) return;
-  const left = Math.max(0, now.paused ? now.left : (ends - performance.now()) / 1000), whole = Math.ceil(left);
+  const left = Math.max(0, now.paused ? now.left : (ends - Date.now()) / 1000), whole = Math.ceil(left);
   const two = (n) => String(n).padStart(2, "0"), hours = Math.floor(whole / 3600);
   const text = `${hours ? hours + ":" : ""}${two(Math.floor(whole / 60) % 60)}:${two(whole % 60)}`;
   if (box.querySelector("b").textContent !== text) box.querySelector("b").textContent = text;
@@ -192,6 +218,7 @@ function clock() {
   if (whole === 300 || whole === 60) spoken.textContent = `${say("left")} ${text}`;
   if (!now.paused && left <= 0 && !clock.asked) { clock.asked = true; send("look"); }
 }
+document.addEventListener("visibilitychange", () => { if (!document.hidden && element.isConnected && now.open && now.left != null) send("look"); });
 setInterval(() => { if (now.open && now.left != null) clock(); }, 250);
 
 // -- acting ---------------------------------------------------------------------------------------------------------
@@ -212,7 +239,8 @@ function go(index) {
 }
 function submit() {
   const q = now.question;
-  if (!q || q.final || !q.chosen) return;
+  if (!q || q.final || !q.chosen || q.submitting) return;
+  q.submitting = true;
   keepNote();
   send("submit", q.chosen);
 }
@@ -253,7 +281,7 @@ $(".ex-note textarea").addEventListener("blur", keepNote);
 // Keys, while the card is in view and nobody types. Enter on a button of ours is that button's.
 document.addEventListener("keydown", (event) => {
   if (!element.isConnected || !now.open || now.paused || !element.offsetParent && !$(".ex").offsetParent) return;
-  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || event.keyCode === 229) return;
+  if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.isComposing || event.keyCode === 229) return;
   const at = event.target;
   if (at.closest?.("input, textarea, select, [contenteditable], [role=listbox], [role=application], [role=slider]")) return;
   const key = event.key.length === 1 ? event.key.toUpperCase() : event.key, q = now.question;
@@ -267,7 +295,7 @@ document.addEventListener("keydown", (event) => {
   else if (key === "ArrowRight") go(now.index + 1);
   else if (key === "ArrowLeft") go(now.index - 1);
   else if (key === "Enter") {
-    if (at.closest?.("button, a, summary") && !at.closest(".ex-option")) return;
+    if (at.closest?.("button, a, summary")) return; // it is that button's
     if (now.mode === "tutor" && q && !q.final) submit();
     else if (now.index < now.count - 1) go(now.index + 1);
     else if (!now.finished) $(".ex-finish").click();
@@ -278,13 +306,18 @@ document.addEventListener("keydown", (event) => {
 // -- what the server says -------------------------------------------------------------------------------------------
 
 function update() {
-  const next = props.value || { open: false };
-  if (next.open && now.open && next.id === now.id && next.seq < seq) return; // overtaken by a later action
-  seq = Math.max(seq, next.seq || 0);
-  now = next;
-  ends = now.left === null || now.left === undefined ? null : performance.now() + now.left * 1000;
-  clock.asked = false;
-  draw();
+  const told = props.value || { open: false };
+  clearTimeout(busy);
+  busy = null;
+  const late = told.open && now.open && told.id === now.id && told.seq < seq; // overtaken by a later action
+  if (!late) {
+    seq = Math.max(seq, told.seq || 0);
+    now = told;
+    ends = now.left === null || now.left === undefined ? null : Date.now() + now.left * 1000;
+    clock.asked = false;
+    draw();
+  }
+  next();
 }
 function speak() {
   words = JSON.parse(props.words || "{}");

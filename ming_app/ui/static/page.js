@@ -35,6 +35,9 @@
       document.documentElement.lang = lang === "zh" ? "zh-CN" : "en";
     },
     setTheme: (theme) => { remember({ theme }); paint(); },
+    // Asks before what cannot be undone.
+    sure: (key) => confirm(JSON.parse(document.querySelector("#ming-words").dataset.words).sure[key]),
+    mayReplaceChat: () => !document.querySelector("#ming-chat [data-testid=user]") || ming.sure("chat"),
     // Downloads the file that the server has just prepared.
     save: (file) => {
       const link = Object.assign(document.createElement("a"), { href: file.url, download: file.orig_name });

@@ -27,7 +27,11 @@
       delete found.rows.sittings?.[id];
       for (const key of Object.keys(found.rows.responses || {})) if (key.startsWith(`${id}|`)) delete found.rows.responses[key];
     }
-    try { localStorage.setItem(STORE, JSON.stringify(found)); } catch { /* full or private: progress lasts until the page closes */ }
+    try { localStorage.setItem(STORE, JSON.stringify(found)); } catch {
+      // full, or a private window: said where it cannot be missed
+      const made = document.querySelector("#ming-exam-message"), words = document.querySelector("#ming-words")?.dataset.words;
+      if (made && words) made.textContent = JSON.parse(words).full;
+    }
   };
   ming.forgetProgress = () => localStorage.removeItem(STORE);
 })();
