@@ -161,9 +161,10 @@ def case_html(case: Case, lang: str) -> str:
     )
     key = "".join(q.answer)
     head = f'<p class="ec-kind">{escape(getattr(TYPES[q.type], lang))} · {escape(q.tags.get("subject", ""))} · {escape(case.model)}, {escape(case.precision)}</p>'
-    bank = f"<p><b>{_say(lang, 'key')}: {key}</b></p><p>{escape(q.explanation)}</p>"
+    colon = "：" if lang == "zh" else ": "
+    bank = f"<p><b>{_say(lang, 'key')}{colon}{key}</b></p><p>{escape(q.explanation)}</p>"
     if q.reference:
-        bank += f'<p class="ec-small">{_say(lang, "reference")}: {escape(q.reference)}</p>'
+        bank += f'<p class="ec-small">{_say(lang, "reference")}{colon}{escape(q.reference)}</p>'
     sides = "".join(_side(lang, name, side, q) for name, side in case.sides.items())
     return (
         f'<div class="ec-case">{head}<p class="ec-stem">{told}</p><ol class="ec-options">{options}</ol>{bank}'

@@ -115,3 +115,12 @@ def test_guessers_score_at_chance(guess) -> None:
     right = sum(guess(question) == question.answer[0] for question in SINGLE)
     low, _ = wilson(right, len(SINGLE))
     assert low <= 0.2, f"{right} of {len(SINGLE)}"
+
+
+def test_the_worked_cases_are_of_our_questions_and_need_no_network() -> None:
+    pages = sorted((EXAMPLES.parent / "cases").glob("*.html"))
+    assert len(pages) == 2
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert any(q.stem in text and q.explanation in text for q in ALL if q.id.startswith("pharmacy-tcm"))
+        assert not re.search(r"(?:src|href)=|https?://", text)
