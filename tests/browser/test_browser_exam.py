@@ -11,7 +11,7 @@ import pytest
 from ming_app.exam.formats import read_bank, write_bank
 from ming_app.settings import Settings
 from tests.browser.conftest import Visit, engine
-from tests.exam.conftest import mixed
+from tests.exam.conftest import mixed, question
 
 pytestmark = pytest.mark.browser
 
@@ -293,6 +293,27 @@ def test_on_a_phone(serve: Any, visit: Any, settings: Settings, scheme: str, loc
     for selector in (".ex-next", ".ex-pick", ".ex-flag"):
         assert v.page.locator(selector).first.bounding_box()["height"] >= 32
     assert v.errors == []
+
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def test_pictures_show(serve: Any, visit: Any, settings: Settings, tmp_path: Path) -> None:
+    v = visit(serve(engine(), settings))
+    path = tmp_path / "pictures.jsonl"
+    path.write_bytes(write_bank([question(1, image=f"data:image/png;base64,{PIXEL}"), question(2)], "jsonl"))
+    room(v, pane="banks")
+    import_file(v, path)
+    v.page.click("#ming-exam-keep")
+    v.page.wait_for_function("() => document.querySelector('#ming-exam-message').innerText.includes('Imported')")
+    v.page.get_by_role("tab", name="Practise", exact=True).click()
+    v.page.click("#ming-exam-start")
+    counter(v, "Question 1 of 2")
+    v.until(lambda: v.page.evaluate("document.querySelector('.ex-image').naturalWidth") == 1)
+    assert v.page.get_attribute(".ex-image", "alt") == "Picture of the question"
+    v.page.click(".ex-next")
+    counter(v, "Question 2 of 2")
+    assert v.page.is_hidden(".ex-image") and v.errors == []
 
 
 def test_the_next_question_comes_at_once(serve: Any, visit: Any, settings: Settings) -> None:

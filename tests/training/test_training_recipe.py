@@ -65,6 +65,8 @@ def test_a_stream_of_an_included_file_is_changed_by_its_name(write_recipe) -> No
 def test_identity_ignores_what_a_resumption_may_change(write_recipe) -> None:
     one = read_recipe(write_recipe(steps=6)).identity()
     assert read_recipe(write_recipe(steps=9, every=2)).identity() == one
+    recipe = read_recipe(write_recipe(steps=6))
+    assert replace(recipe, optimizer=replace(recipe.optimizer, explosion=12.0)).identity() == one  # only a guard
     assert read_recipe(write_recipe(lr=1e-3)).identity() != one
 
 

@@ -92,7 +92,7 @@ def test_consistency_and_parts_by_hand(tmp_path: Path) -> None:
     found = measure_exam(suite, exam, knows, TOKENIZER)
     assert (found["right"], found["n"], found["left_out"]) == (9, 9, 1)
     assert found["shuffled"]["consistent"]["accuracy"] == 1 and found["shuffled"]["consistent"]["n"] == 8
-    assert {name: part["n"] for name, part in found["by_type"].items()} == {"A1": 4, "A2": 4, "single": 1}
+    assert {name: part["n"] for name, part in found["by_type"].items()} == {"A1": 5, "A2": 4}
     assert found["by_subject"]["x"]["n"] == 4 and found["by_lang"]["zh"]["n"] == 9
     assert found["calibration"]["ece"] == pytest.approx(0.2)
     found = measure_exam(suite, exam, first_letter, TOKENIZER)
