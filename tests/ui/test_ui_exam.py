@@ -309,6 +309,15 @@ def test_help_waits_for_the_answer(made: Any) -> None:
     assert len(session.explorer.exhibits) == 1  # its experts can be looked at
 
 
+def test_an_explanation_that_ends_on_another_letter_is_contradicted(made: Any) -> None:
+    for said, told in (("Because. Answer: D", True), ("Because.\n\n答案：B", False), ("Because.", False)):
+        tab, session = made(FakeEngine(said))
+        begin(tab, session)
+        do(tab, session, "submit", "B")
+        note = ask(tab, session, "explain")[-1]["note"]
+        assert ("differs from the bank&#x27;s answer B" in note) == told
+
+
 def test_a_mock_exam_gets_no_help(made: Any) -> None:
     tab, session = made()
     begin(tab, session, "exam")

@@ -203,6 +203,14 @@ class HelpPane:
                     if room.place != place:  # another question is in view by now
                         return
                     yield self._help(helper, note, shown)
+            letter = tutor.final_letter(helper.turns[-1].text) if kind in ("explain", "why_not") else ""
+            if letter and order[LETTERS.index(letter) : LETTERS.index(letter) + 1] not in [
+                (x,) for x in question.answer
+            ]:
+                right = letters_shown(order, question.answer)
+                note = pages.told(
+                    lang, t(lang, "exam.ai.chose_several", letter=letter) + t(lang, "exam.ai.differs", right=right)
+                )
             # once more and whole: of updates that come together the page keeps the last only
             yield self._help(helper, note, shown)
 

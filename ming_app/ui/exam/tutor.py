@@ -10,23 +10,29 @@ import re
 from collections.abc import Sequence
 
 from ming_app.exam.question import Question, language_of
-from ming_app.exam.wording import relettered, whole_stem
+from ming_app.exam.wording import ASK_REASON, relettered, whole_stem
 
 KINDS = ("explain", "hint", "why_not", "similar")
 REVEALING = ("explain", "why_not", "similar")
 """what would give the key away before it is revealed"""
 BLOT = "▢▢"
 
+# Explanations are asked for in the words the adapters were trained with (wording.ASK_REASON): asked otherwise, a small model
+# tends to answer with the letter alone.
 _ASK = {
     "zh": {
-        "explain": "{question}\n\n这道题的标准答案是：{key}。请讲解为什么这个答案正确，并逐一说明其他选项为什么不对。",
-        "why_not": "{question}\n\n这道题的标准答案是：{key}。我想选“{option}”，请说明为什么不选它，以及它与正确答案的区别。",
+        "explain": ASK_REASON["zh"][0]
+        + "\n\n{question}\n\n（标准答案：{key}。请说明为什么它正确，其他选项为什么不对。）",
+        "why_not": ASK_REASON["zh"][0]
+        + "\n\n{question}\n\n（标准答案：{key}。请重点说明为什么不选“{option}”，以及它与正确答案的区别。）",
         "hint": "{question}\n\n请给我一个解题提示：指出题干中的关键线索和应当想到的知识点。不要说出答案，也不要提到任何选项。",
         "similar": "{question}\n\n标准答案：{key}。请围绕同一知识点另出一道单项选择题，给出 A 至 E 五个选项、答案和简短解析，不要重复原题。",
     },
     "en": {
-        "explain": "{question}\n\nThe key to this question is: {key}. Explain why it is right, and for each other option why it is wrong.",
-        "why_not": "{question}\n\nThe key to this question is: {key}. I wanted to choose \u201c{option}\u201d. Explain why not, and how it differs from the right answer.",
+        "explain": ASK_REASON["en"][0]
+        + "\n\n{question}\n\n(The key is: {key}. Say why it is right, and why each other option is wrong.)",
+        "why_not": ASK_REASON["en"][0]
+        + "\n\n{question}\n\n(The key is: {key}. Say above all why not \u201c{option}\u201d, and how it differs from the right answer.)",
         "hint": "{question}\n\nGive me a hint for this question: point to the decisive clues in the stem and to what I should know. Do not give the answer and do not mention any of the options.",
         "similar": "{question}\n\nKey: {key}. Write another single best answer question on the same point, with options A to E, the key and a short explanation. Do not repeat this question.",
     },
@@ -70,3 +76,9 @@ def blotted(text: str, question: Question, finished: bool) -> str:
         flags=re.I,
     )
     return shown if finished else shown[: max(0, len(shown) - longest - 12)]
+
+
+def final_letter(text: str) -> str:
+    """The letter that an explanation ends on ("答案：C", "Answer: C"), as shown; "" where it names none."""
+    found = re.findall(r"(?:答案|选项|answer)\s*(?:是|为|is)?\s*[:：]?\s*([A-J])(?![A-Za-z])", text, re.I)
+    return found[-1].upper() if found else ""

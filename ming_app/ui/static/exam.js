@@ -278,6 +278,9 @@ $(".ex-no").addEventListener("click", () => { asking = false; draw(); $(".ex-fin
 $(".ex-note textarea").addEventListener("input", () => { clearTimeout(noteTimer); noteTimer = setTimeout(keepNote, 800); });
 $(".ex-note textarea").addEventListener("blur", keepNote);
 
+// The button that goes on from here.
+const forward = () => [".ex-submit", ".ex-next", ".ex-finish"].map($).find((made) => !made.hidden && !made.disabled);
+
 // Keys, while the card is in view and nobody types. Enter on a button of ours is that button's.
 document.addEventListener("keydown", (event) => {
   if (!element.isConnected || !now.open || now.paused || !element.offsetParent && !$(".ex").offsetParent) return;
@@ -291,7 +294,10 @@ document.addEventListener("keydown", (event) => {
   }
   const number = LETTERS.indexOf(key) >= 0 ? LETTERS.indexOf(key) : "1234567890".indexOf(key);
   if (key === "F") flag();
-  else if (q && number >= 0 && number < q.options.length) choose(q.options[number].letter);
+  else if (q && number >= 0 && number < q.options.length) {
+    choose(q.options[number].letter);
+    forward()?.focus({ preventScroll: true }); // Enter then goes on, wherever the focus was
+  }
   else if (key === "ArrowRight") go(now.index + 1);
   else if (key === "ArrowLeft") go(now.index - 1);
   else if (key === "Enter") {
