@@ -1,4 +1,4 @@
-"""Twenty candidates at one server, as a process to be killed: run by test_killed_server.py.
+"""Twenty candidates at one server, as a process to be killed: run by test_exam_killed_server.py.
 
     python candidates.py FOLDER COUNT
 

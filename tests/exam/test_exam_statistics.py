@@ -13,7 +13,7 @@ from ming_app.exam.sitting import Response, Sitting
 from ming_app.exam.statistics import result, statistics
 from ming_app.exam.store import Store
 from tests.exam.conftest import Clock, mixed
-from tests.exam.test_store import answer, practise
+from tests.exam.test_exam_store import answer, practise
 
 DAY = 86_400.0
 
