@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,15 +34,15 @@ class Setup:
     prefill_tokens: int
 
     def to_json(self) -> str:
-        settings = {**asdict(self.settings), "cache_dir": str(self.settings.cache_dir)}
-        return json.dumps({**asdict(self), "settings": settings})
+        return json.dumps(asdict(self), default=os.fspath)  # folders as text
 
     @classmethod
     def from_json(cls, text: str) -> Setup:
         from pathlib import Path
 
         values = json.loads(text)
-        values["settings"]["cache_dir"] = Path(values["settings"]["cache_dir"])
+        for name in ("cache_dir", "data_dir"):
+            values["settings"][name] = Path(values["settings"][name])
         return cls(**{**values, "settings": Settings(**values["settings"])})
 
 
