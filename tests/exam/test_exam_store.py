@@ -142,9 +142,9 @@ def test_exam_mode_counts_at_the_end_a_mock_its_empty_answers_too(desk: Desk) ->
     assert desk.store.rows("SELECT COUNT(*) FROM answers") == [(0,)]
     desk.finish(run.id)
     assert desk.store.rows("SELECT COUNT(*) FROM answers") == [(1,)]
-    from ming_app.exam.sitting import PRESETS
+    from ming_app.exam.sitting import Blueprint, Part
 
-    mock, _ = desk.mock(bank, PRESETS[0])
+    mock, _ = desk.mock(bank, Blueprint("four", {}, 20, (Part(4, "A1"),)))
     desk.choose(mock.id, 1, mock.questions[1].answer)
     desk.finish(mock.id)
     assert desk.store.rows("SELECT COUNT(*), SUM(correct) FROM answers WHERE kind='mock'") == [(len(mock.questions), 1)]
