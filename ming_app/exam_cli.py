@@ -13,6 +13,7 @@ from typing import Any
 from ming_app.console import Console
 from ming_app.errors import UsageError
 from ming_app.settings import Settings
+from ming_app.trace_tools import write_whole
 
 ACTIONS = ("grade", "case", "check", "convert", "banks")
 TRACED = 200  # questions in one trace
@@ -145,25 +146,13 @@ def _convert(args: argparse.Namespace, settings: Settings, console: Console, loa
         endings = ", ".join(f".{ending}" for ending in ENDINGS.values())
         raise UsageError(f"The file must end in {endings}.", f"输出文件应以 {endings} 结尾。")
     read = _read(args)
-    _write(out, write_bank(read.questions, kind, out.stem))
+    write_whole(out, write_bank(read.questions, kind, out.stem))
     rejected = len(read.rejected)
     console.note(
         f"{len(read.questions)} questions written, {rejected} rows rejected.",
         f"已写入 {len(read.questions)} 道题，拒绝 {rejected} 行。",
     )
     return {"file": str(out), "format": kind, "questions": len(read.questions), "rejected": rejected}
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written: {error.strerror}.", f"无法写入 {path}：{error.strerror}。"
-        ) from error
 
 
 def _case(args: argparse.Namespace, settings: Settings, console: Console, load_engine: Any) -> dict[str, Any]:
@@ -176,7 +165,7 @@ def _case(args: argparse.Namespace, settings: Settings, console: Console, load_e
         raise UsageError(f"No question has the id {args.id!r}.", f"没有编号为 {args.id!r} 的题目。")
     with closing(load_engine(settings, console.progress)) as engine:
         case = study(engine, *found)
-    _write(Path(args.out), case_page(case, console.lang).encode())
+    write_whole(Path(args.out), case_page(case, console.lang).encode())
     sides = {
         name: {"choice": side.choice, "chances": side.chances, "reasons": side.reasons}
         for name, side in case.sides.items()

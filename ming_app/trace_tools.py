@@ -39,7 +39,7 @@ def diff(job: Job, settings: Settings, console: Console, load_engine: Any) -> di
     view = compare_view(found, a, b, console.lang)
     console.line(view.note)
     if job.out:
-        _write(job.out, view.table.to_csv())
+        write_whole(job.out, view.table.to_csv().encode())
     return {
         "aligned": len(found.pairs),
         "only_a": found.only_a,
@@ -69,7 +69,7 @@ def report(job: Job, settings: Settings, console: Console, load_engine: Any) -> 
         raise UsageError("report takes one trace file, and --out.", "report 需要一个轨迹文件以及 --out。")
     trace = RouterTrace.load(job.files[0])
     page = report_html(trace, console.lang, report_views(trace, console.lang))
-    _write(job.out, page)
+    write_whole(job.out, page.encode())
     console.note(f"Written: {job.out}.", f"已写入：{job.out}。")
     return {"file": job.out, "tokens": len(trace)}
 
@@ -91,10 +91,14 @@ def atlas(job: Job, settings: Settings, console: Console, load_engine: Any) -> d
     return {"folder": str(folder), "report": str(written), "texts": len(texts), "tokens": len(trace)}
 
 
-def _write(path: str, text: str) -> None:
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Writes a file that a command was asked for, under another name first. Raises UsageError where it cannot."""
+    path = Path(path)
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(data)
+        partial.replace(path)
     except OSError as error:
         raise UsageError(
             f"{path} cannot be written: {error.strerror}.", f"无法写入 {path}：{error.strerror}。"

@@ -91,7 +91,7 @@ class Sitting:
         question = self.questions[index]
         if self.finished is not None or not question.kind.locks:
             return False
-        return any(not self.response(at).final for at in self._group(index) if at < index)
+        return any(not self.response(at).final for at in self.group(index) if at < index)
 
     def answered(self) -> int:
         return sum(1 for response in self.responses.values() if response.chosen)
@@ -100,7 +100,7 @@ class Sitting:
         """Of every question; unanswered ones are wrong."""
         return [grade(q, self.response(at).chosen, self.partial) for at, q in enumerate(self.questions)]
 
-    def _group(self, index: int) -> range:
+    def group(self, index: int) -> range:
         """The places of the questions that share this one's group."""
         group = self.questions[index].group_id
         first = last = index
@@ -129,7 +129,7 @@ class Sitting:
         if self.finished is None:
             self._open(now)
             if self.hidden(index):
-                earlier = [at for at in self._group(index) if at < index and not self.response(at).final]
+                earlier = [at for at in self.group(index) if at < index and not self.response(at).final]
                 if earlier != [index - 1] or not self.response(index - 1).chosen or self.mode == "tutor":
                     raise SittingError(
                         "This case unfolds: answer its earlier questions first. Their answers are locked then.",

@@ -26,17 +26,11 @@ from ming_app.ui import experts, render
 from ming_app.ui.bilingual import Bilingual, labelled, valued
 from ming_app.ui.chat import Session
 from ming_app.ui.explorer import VIEWS, Exhibit, answers_html, contrast_view, heading_html, selected, table_html
-from ming_app.ui.handlers import DEADLINE, Handlers
+from ming_app.ui.handlers import DEADLINE, QUEUED, QUIET, Handlers
 from ming_app.ui.pump import Pump
 from ming_app.ui.text import refusal, t
 
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-QUEUED: dict[str, Any] = {
-    "concurrency_id": "model",
-    "concurrency_limit": 1,
-    "show_progress": "minimal",
-    "api_visibility": "private",
-}
+WAITED = {**QUEUED, "show_progress": "minimal"}
 EXAMPLE = Path(__file__).parents[2] / "examples" / "atlas" / "trace.npz"
 NUMBERED = ("ban", "force", "k")  # changes that need a number
 ANSWER_TOKENS = 400  # of an answer made again
@@ -212,14 +206,14 @@ class ExplorerTab:
         for component in (self.view, self.grouping, self.answers_only, self.other):
             component.input(self.redraw, inputs, seen, **QUIET)
         self.panel.select(self.follow, [self.session], seen, trigger_mode="always_last", **QUIET)
-        self.measure.click(self.look_closely, [self.session], everything, **QUEUED)
+        self.measure.click(self.look_closely, [self.session], everything, **WAITED)
         self.kind.input(lambda kind: gr.update(visible=kind in NUMBERED), [self.kind], [self.value], **QUIET)
         added = [self.session, self.kind, self.value, self.first, self.last, self.matrices, self.changes]
         self.add.click(self.add_change, added, [self.changes, self.notice], **QUIET)
         asked = [self.session, self.changes]
-        self.answer.click(self.answer_again, asked, [self.pair, self.source, self.other, self.notice], **QUEUED)
+        self.answer.click(self.answer_again, asked, [self.pair, self.source, self.other, self.notice], **WAITED)
         self.reread.click(
-            self.read_again, asked, [self.moved_heading, self.moved, self.moved_detail, self.notice], **QUEUED
+            self.read_again, asked, [self.moved_heading, self.moved, self.moved_detail, self.notice], **WAITED
         )
         open_answer.click(
             self.show_answer,

@@ -23,6 +23,15 @@ from ming_app.ui.files import TempFolder
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.text import refusal, t
 
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""options of events that are quick"""
+QUEUED: dict[str, Any] = {
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+    "show_progress": "hidden",
+    "api_visibility": "private",
+}
+"""options of events that need the model: one at a time, the others wait"""
 DEADLINE = 300.0  # seconds one answer may take, so that a queue always moves on
 
 

@@ -21,13 +21,12 @@ from ming_app.ui.bilingual import Bilingual, valued
 from ming_app.ui.chat import MAX_CHARS, Session
 from ming_app.ui.exam.tab import ExamTab
 from ming_app.ui.explorer_tab import ExplorerTab
-from ming_app.ui.handlers import Handlers
+from ming_app.ui.handlers import QUEUED, QUIET, Handlers
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.text import t
 
 PROMPTS = Path(__file__).parents[2] / "examples" / "prompts.toml"
 LOAD_POLL = 1.0  # seconds between looks at the loading engine
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 LATEX = [
     {"left": a, "right": b, "display": d}
     for a, b, d in (("$$", "$$", True), (r"\[", r"\]", True), (r"\(", r"\)", False))
@@ -251,10 +250,7 @@ class Page:
                 self.do.answer,
                 [self.session, *sampling],
                 page,
-                concurrency_id="model",
-                concurrency_limit=1,
-                show_progress="hidden",
-                api_visibility="private",
+                **QUEUED,
             )
             run.then(self.do.settle, [self.session], page, **QUIET)
             runs.append(run)

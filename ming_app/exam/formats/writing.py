@@ -26,6 +26,11 @@ def write_bank(questions: Sequence[Question], kind: str, title: str = "MING-MOE"
     return WRITERS[kind](questions, title)
 
 
+def safe_cell(text: str) -> str:
+    """A cell that no spreadsheet program takes for a formula."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
 def _jsonl(questions: Sequence[Question], _title: str) -> bytes:
     lines = (json.dumps(question.to_dict(), ensure_ascii=False) for question in questions)
     return "".join(line + "\n" for line in lines).encode()
@@ -44,7 +49,7 @@ def _csv(questions: Sequence[Question], _title: str) -> bytes:
         values |= {"answer": "".join(question.answer)} | {name: question.tags.get(name, "") for name in tags}
         row = [values[name] for name in CSV_FIELDS]
         row += [question.options.get(letter, "") for letter in letters] + [values[name] for name in texts]
-        writer.writerow([f"'{cell}" if _FORMULA.match(cell) else cell for cell in row])
+        writer.writerow(map(safe_cell, row))
     return b"\xef\xbb\xbf" + out.getvalue().encode()
 
 

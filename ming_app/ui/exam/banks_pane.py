@@ -19,12 +19,12 @@ from ming_app.exam.progress_file import read_progress, write_progress
 from ming_app.ui.bilingual import labelled
 from ming_app.ui.chat import Session
 from ming_app.ui.exam import pages
+from ming_app.ui.handlers import QUIET
 from ming_app.ui.text import t
 
 if TYPE_CHECKING:
     from ming_app.ui.exam.tab import ExamTab, Updates
 
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 PREVIEW_FORMATS = ("jsonl", "csv", "xlsx")  # formats with columns that can be named
 
 

@@ -22,19 +22,12 @@ from ming_app.ui.bilingual import labelled, valued
 from ming_app.ui.chat import Session, Turn
 from ming_app.ui.exam import pages, payload, tutor
 from ming_app.ui.exam.room import Room
-from ming_app.ui.handlers import DEADLINE
+from ming_app.ui.handlers import DEADLINE, QUEUED, QUIET
 from ming_app.ui.text import refusal, t
 
 if TYPE_CHECKING:
     from ming_app.ui.exam.tab import ExamTab, Updates
 
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-QUEUED: dict[str, Any] = {
-    "concurrency_id": "model",
-    "concurrency_limit": 1,
-    "show_progress": "hidden",
-    "api_visibility": "private",
-}
 HELP_TOKENS = 400
 SHUFFLES = 2
 
@@ -204,10 +197,8 @@ class HelpPane:
                         return
                     yield self._help(helper, note, shown)
             letter = tutor.final_letter(helper.turns[-1].text) if kind in ("explain", "why_not") else ""
-            if letter and order[LETTERS.index(letter) : LETTERS.index(letter) + 1] not in [
-                (x,) for x in question.answer
-            ]:
-                right = letters_shown(order, question.answer)
+            right = letters_shown(order, question.answer)
+            if letter and letter not in right:
                 note = pages.told(
                     lang, t(lang, "exam.ai.chose_several", letter=letter) + t(lang, "exam.ai.differs", right=right)
                 )

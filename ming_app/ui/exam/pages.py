@@ -10,9 +10,11 @@ from ming_app.errors import MingError
 from ming_app.exam.bank import letters_shown
 from ming_app.exam.candidate import Attempt
 from ming_app.exam.formats import FORMATS, Import
+from ming_app.exam.formats.writing import safe_cell
 from ming_app.exam.question import TYPES
 from ming_app.exam.sitting import Drawn, Sitting
 from ming_app.exam.statistics import Result, Share, Statistics
+from ming_app.ui import render
 from ming_app.ui.text import duration_text, t
 
 REJECTED_SHOWN = 200
@@ -258,10 +260,7 @@ def rejected_csv(lang: str, read: Import) -> str:
     writer = csv.writer(out)
     writer.writerow([t(lang, f"exam.import_{key}") for key in ("line", "reason", "text")])
     for row in read.rejected:
-        text = row.excerpt
-        writer.writerow(
-            [row.line, row.reason.message(lang), f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t") else text]
-        )
+        writer.writerow([row.line, row.reason.message(lang), safe_cell(row.excerpt)])
     return "\ufeff" + out.getvalue()
 
 
@@ -278,5 +277,5 @@ def short_notice(lang: str, drawn: Drawn) -> str:
 def told(lang: str, text: str, error: MingError | None = None) -> str:
     """A short message, or what went wrong."""
     if error is not None:
-        return f'<div class="m-notice m-bad" role="alert">{escape(error.message(lang))}</div>'
+        return render.alert(error.message(lang))
     return f'<div class="m-notice" role="status">{escape(text)}</div>' if text else ""

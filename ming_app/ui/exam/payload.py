@@ -120,18 +120,10 @@ def _due(room: Room, question: Question, lang: str) -> str:
 
 def earlier_parts(sitting: Sitting, index: int) -> list[Question]:
     """The questions of the same group before this one."""
-    group, found = sitting.questions[index].group_id, []
-    while group and index and sitting.questions[index - 1].group_id == group:
-        index -= 1
-        found.append(sitting.questions[index])
-    return found[::-1]
+    return [sitting.questions[at] for at in sitting.group(index) if at < index]
 
 
 def _part(sitting: Sitting, index: int) -> tuple[int, int]:
     """(place in its group from 1, size of the group)."""
-    group = sitting.questions[index].group_id
-    before = len(earlier_parts(sitting, index))
-    size = before + 1
-    while group and index + 1 < len(sitting.questions) and sitting.questions[index + 1].group_id == group:
-        index, size = index + 1, size + 1
-    return before + 1, size
+    group = sitting.group(index)
+    return index - group.start + 1, len(group)

@@ -14,7 +14,6 @@ from ming_app.exam.bank import Shelf
 from ming_app.exam.candidate import Attempt
 from ming_app.exam.desk import Choice, Desk
 from ming_app.exam.formats import Import
-from ming_app.exam.question import Question
 from ming_app.exam.sitting import PRESETS, Sitting
 from ming_app.exam.statistics import result
 from ming_app.exam.store import Store
@@ -64,12 +63,6 @@ class Room:
     @property
     def sitting(self) -> Sitting | None:
         return self.desk.sitting(self.open) if self.open else None
-
-    @property
-    def question(self) -> Question | None:
-        """The question in view."""
-        sitting = self.sitting
-        return sitting.questions[sitting.position] if sitting is not None else None
 
     @property
     def place(self) -> tuple[str, int, bool, bool]:

@@ -26,10 +26,9 @@ from ming_app.ui.exam.help_pane import HelpPane
 from ming_app.ui.exam.plans import OWN, filled, own_blueprint, preset_item
 from ming_app.ui.exam.room import Room, Rooms
 from ming_app.ui.exam.words import EXAM_TEXTS
-from ming_app.ui.handlers import Handlers
+from ming_app.ui.handlers import QUIET, Handlers
 from ming_app.ui.text import duration_text, t
 
-QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 HISTORY = 50  # finished sittings that can be opened again
 Updates = dict[Any, Any]
 
