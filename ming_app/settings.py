@@ -20,7 +20,7 @@ BACKENDS = ("auto", "onnx", "torch")
 PRECISIONS = ("auto", "4bit", "mix", "8bit", "float32", "bf16", "nf4", "int8")  # first three onnx, the rest torch
 
 
-PROGRESS = ("auto", "disk", "browser")
+PROGRESS = ("auto", "disk", "browser", "account")
 
 
 def default_cache_dir() -> Path:
@@ -63,8 +63,9 @@ class Settings:
     data_dir: Path = field(default_factory=default_data_dir)
     """Where exam progress and imported banks are kept; MING_DATA_DIR moves it."""
     progress: str = "auto"
-    """Who keeps exam progress: "disk" (this machine), "browser" (each visitor's own), "auto" (disk where only this
-    machine can reach the page)."""
+    """Who keeps exam progress: "disk" (this machine, for whoever opens the page), "browser" (each visitor's own), "auto"
+    (disk where only this machine can reach the page, else browser), "account" (this machine, apart for every visitor who
+    has signed in; browser for the others)."""
     backend: str = "auto"
     precision: str = "auto"
     device: str = "auto"
@@ -127,7 +128,7 @@ class Settings:
 
     @property
     def keeps_progress(self) -> bool:
-        """Whether exam progress is kept on this machine's disk."""
+        """Whether exam progress is kept on this machine's disk, for whoever opens the page."""
         return self.progress == "disk" or (self.progress == "auto" and self.host in LOOPBACK)
 
     def message_lang(self) -> str:

@@ -34,9 +34,10 @@ class Case:
 
     name: str
     peer: str
-    """engine, engine-base, llama, generate, fidelity, or "" for a fresh process per measurement"""
+    """engine, engine-base, llama, generate, exam, fidelity, or "" for a fresh process per measurement"""
     measure: str
-    """decode, decode-no-trace, prefill; load, rss for a fresh process; kl:mix and the like for fidelity"""
+    """decode, decode-no-trace, prefill; open-bank (60,000 questions), statistics (100,000 answers) for exam; load, rss for
+    a fresh process; kl:mix and the like for fidelity"""
     unit: str
     against: tuple[str, ...] = ()
     on_request: bool = False
@@ -54,6 +55,8 @@ CASES: tuple[Case, ...] = (
     Case("llama-prefill512", "llama", "prefill", "tokens/s"),
     Case("load", "", "load", "s"),
     Case("rss", "", "rss", "bytes"),
+    Case("open-bank", "exam", "open-bank", "s"),
+    Case("statistics", "exam", "statistics", "s"),
     *(
         Case(f"{measure}-{recipe}", "fidelity", f"{measure}:{recipe}", "nats" if measure == "kl" else "share", (), True)
         for recipe in RECIPES

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ming_app.answering import answer
+from ming_app.bench.exam import exam_peer
 from ming_app.bench.fidelity import fidelity_peer
 from ming_app.bench.peers import Setup
 from ming_app.console import Console
@@ -157,6 +158,7 @@ PEERS = {
     "engine-base": lambda setup: engine_peer(replace(setup, settings=setup.settings.with_(adapter="none"))),
     "llama": llama_peer,
     "generate": generate_peer,
+    "exam": exam_peer,
     "fidelity": fidelity_peer,
 }
 

@@ -26,6 +26,8 @@ from ming_app.exam.question import LETTERS, TAGS, Question
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "banks"
 SUFFIX = ".bank.jsonl"
+MEMORY_QUESTIONS = 30_000
+"""in imported banks of one visitor where nothing is kept on disk"""
 
 
 @dataclass(frozen=True)
@@ -174,10 +176,19 @@ class Shelf:
         return _open_example(found) if found.ours else _open_kept(found)
 
     def add(self, title: str, questions: Sequence[Question]) -> Bank:
-        """Keeps an imported bank; one of the same title is replaced (progress follows the questions, not the file)."""
+        """Keeps an imported bank; one of the same title is replaced (progress follows the questions, not the file).
+
+        Raises BankFileError for more than MEMORY_QUESTIONS in memory, MingError when the disk refuses.
+        """
         title = " ".join(title.split())[:80] or "bank"
         bank = Bank(_name(title), {"en": title, "zh": title}, tuple(questions))
         if self.folder is None:
+            others = sum(len(kept.questions) for name, kept in self._memory.items() if name != bank.name)
+            if others + len(bank.questions) > MEMORY_QUESTIONS:
+                raise BankFileError(
+                    f"On this server one visitor's banks may hold {MEMORY_QUESTIONS:,} questions together; yours would have {others + len(bank.questions):,}. Remove one first, or run the app on your own machine.",
+                    f"在此服务器上，每位访客导入的题库合计最多 {MEMORY_QUESTIONS:,} 题，导入后将达 {others + len(bank.questions):,} 题。请先删除其他题库，或在自己的电脑上运行本程序。",
+                )
             self._memory[bank.name] = bank
             return bank
         body = write_bank(bank.questions, "jsonl")

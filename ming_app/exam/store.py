@@ -12,6 +12,7 @@ import os
 import sqlite3
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -146,6 +147,8 @@ class Store:
         self.notice: StoreError | None = None
         """what happened to the file when it was opened, to be told"""
         self._lock = threading.RLock()
+        self.name = uuid.uuid4().hex
+        """tells this opening of a store from any other"""
         self._changed: dict[str, set[tuple[Any, ...]]] = {}
         self._gone: list[str] = []
         self._db = self._open()
@@ -250,14 +253,14 @@ class Store:
             self._changed.setdefault(table, set()).add(key)
 
     def take_changes(self) -> dict[str, Any]:
-        """What happened to a store in memory since the last call: {"rows": by table, as an export has them, "gone": ids of
-        sittings that were dropped, "columns", "keys"}; {} for nothing."""
+        """What happened to a store in memory since the last call: {"store": its name, "rows": by table, as an export has
+        them, "gone": ids of sittings that were dropped, "columns", "keys"}; {"store"} alone for nothing."""
         with self._lock:
             changed, gone, self._changed, self._gone = self._changed, self._gone, {}, []
             rows = {table: [row for key in keys for row in self._row(table, key)] for table, keys in changed.items()}
         if not rows and not gone:
-            return {}
-        return {"rows": rows, "gone": gone, "columns": TABLES, "keys": KEYS}
+            return {"store": self.name}
+        return {"store": self.name, "rows": rows, "gone": gone, "columns": TABLES, "keys": KEYS}
 
     def _row(self, table: str, key: Sequence[Any]) -> list[tuple[Any, ...]]:
         where = " AND ".join(f"{name}=?" for name in KEYS[table])

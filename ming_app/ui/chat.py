@@ -80,6 +80,10 @@ class Session:
     """One visitor's conversation and what the page shows with it. Changed only by this module and the page's handlers."""
 
     lang: str = "en"
+    east: float = 0.0
+    """seconds that the visitor's clock is ahead of UTC"""
+    account: str = ""
+    """who is signed in; "" for nobody"""
     turns: list[Turn] = field(default_factory=list)
     run: Run | None = None
     status: Note = Note("status.idle")
@@ -153,7 +157,7 @@ def stop(session: Session, timeout: float = 10.0) -> None:
 def clear(session: Session) -> None:
     """Forgets the conversation and the routing of its answers; the language and the exam room stay."""
     stop(session)
-    session.__dict__.update(vars(Session(lang=session.lang, exam=session.exam)))
+    session.__dict__.update(vars(Session(session.lang, session.east, session.account, exam=session.exam)))
 
 
 def answer(

@@ -23,6 +23,8 @@ from ming_app.ui.files import TempFolder
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.text import refusal, t
 
+Updates = dict[Any, Any]
+"""component -> its update"""
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """options of events that are quick"""
 QUEUED: dict[str, Any] = {
@@ -147,11 +149,22 @@ class Handlers:
 
         return save
 
-    def arrive(self, session: Session, lang: str, theme: str) -> list[Any]:
-        """A page was opened: language and appearance as the browser remembers them.
+    def arrive(
+        self,
+        session: Session,
+        lang: str,
+        theme: str,
+        east: float,
+        request: gr.Request,
+        profile: gr.OAuthProfile | None,
+    ) -> list[Any]:
+        """A page was opened: language and appearance as the browser remembers them, its clock against UTC, and who has
+        signed in (with a Hugging Face account on a Space, or as the server's own users do).
 
         The session is among the outputs so that Gradio forgets it an hour after the page was closed.
         """
+        session.account = f"hf:{profile.username}" if profile is not None else request.username or ""
+        session.east = max(-86_400.0, min(86_400.0, float(east or 0)))
         return [session, gr.update(value=lang), gr.update(value=theme), *self.reword(session, lang)]
 
     def reword(self, session: Session, lang: str) -> list[Any]:

@@ -74,6 +74,7 @@ class Page:
                 gr.HTML, lambda lang: {"value": render.footer(lang)}, apply_default_css=False, elem_id="ming-foot"
             )
             self.timer = gr.Timer(LOAD_POLL, active=False)
+            self.east = gr.Number(0, visible="hidden")
             self._wire()
         self.blocks.queue(max_size=settings.max_queue, default_concurrency_limit=4)
         self.do.queued = self._queued
@@ -265,7 +266,7 @@ class Page:
             saved.success(None, [self.download], None, js="(file) => ming.save(file)")
             saved.failure(self.do.show, [self.session], page, **QUIET)
         self.explorer.wire(self.tabs, self.explorer_tab)
-        self.exam.wire(self.blocks, self.tabs, self.exam_tab, page, self.do.show)
+        self.exam.wire(self.tabs, self.exam_tab, page, self.do.show)
         self._wire_frame()
 
     def _wire_frame(self) -> None:
@@ -274,13 +275,14 @@ class Page:
         engine = [self.loading, self.reload, self.badge, self.status, self.chatbot, self.send, self.timer]
         arrived = self.blocks.load(
             self.do.arrive,
-            [self.session, self.lang, self.theme],
+            [self.session, self.lang, self.theme, self.east],
             [self.session, self.lang, self.theme, *reworded],
             js="(s) => [s, ...ming.first()]",
             **QUIET,
         )
         arrived.then(None, None, None, js="() => ming.ready()")
         arrived.then(self.do.look, [self.session], engine, **QUIET)
+        self.exam.wire_arrival(arrived)
         reworded_page = self.lang.input(
             self.do.reword,
             [self.session, self.lang],

@@ -165,6 +165,7 @@ def browser_words(lang: str) -> str:
         "user": t(lang, "chat.input_label"),
         "bot": t(lang, "chat.answer_label"),
         "full": t(lang, "exam.data_full"),
+        "forgotten": t(lang, "exam.data_forgotten"),
         "sure": {key: t(lang, f"exam.sure_{key}") for key in ("chat", "discard", "remove")},
     }
     count = t(lang, "chat.counter", n="{n}", limit=MAX_CHARS)

@@ -10,6 +10,9 @@ import pytest
 
 from ming_app.exam.formats import read_bank, write_bank
 from ming_app.settings import Settings
+from ming_app.ui.launch import launch
+from ming_app.ui.loader import EngineLoader
+from ming_app.ui.page import Page
 from tests.browser.conftest import Visit, engine
 from tests.exam.conftest import mixed, question
 
@@ -211,6 +214,12 @@ def test_files_come_in_and_go_out(serve: Any, visit: Any, settings: Settings, tm
     import_file(v, path)
     assert "可导入 1 题，1 行有误" in v.text("#ming-exam-import") and "不在选项之中" in v.text("#ming-exam-import")
     v.shot("exam-import-zh")
+    v.page.get_by_label("答案", exact=True).select_option("")  # a column is chosen, not typed
+    v.page.wait_for_function("() => document.querySelector('#ming-exam-message').innerText.includes('找不到 answer')")
+    v.page.get_by_label("答案", exact=True).select_option(label="答案")
+    v.page.wait_for_function("() => document.querySelector('#ming-exam-import').innerText.includes('可导入 1 题')")
+    v.page.get_by_label("未标明语言的题目").select_option(label="英文")
+    v.until(lambda: "可导入 1 题" in v.text("#ming-exam-import"))
     v.page.click("#ming-exam-keep")
     v.page.wait_for_function("() => document.querySelector('#ming-exam-message').innerText.includes('已导入')")
     with v.page.expect_download() as download:
@@ -275,6 +284,113 @@ def test_progress_stays_in_the_browser_where_the_server_keeps_none(serve: Any, v
     v.page.click("#ming-exam-data-yes")
     v.page.wait_for_function("() => document.querySelector('#ming-exam-message').innerText.includes('deleted')")
     assert v.page.evaluate("localStorage.getItem('ming.exam')") is None and v.errors == []
+
+
+def test_a_server_that_forgot_does_not_clear_the_browser(serve: Any, visit: Any, tmp_path: Path) -> None:
+    served = serve(engine(), Settings(data_dir=tmp_path / "data", progress="browser"))
+    v = visit(served)
+    room(v)
+    v.page.click("#ming-exam-start")
+    counter(v, "Question 1 of 20")
+    v.page.locator(".ex-pick").nth(0).click()
+    v.page.click(".ex-submit")
+    v.until(lambda: '"answers"' in (v.page.evaluate("localStorage.getItem('ming.exam')") or ""))
+    kept = v.page.evaluate("localStorage.getItem('ming.exam')")
+    serve.pages[-1].blocks.state_holder.session_data.clear()  # as after an hour of sleep, or a restart
+    v.page.locator(".ex-next").click()
+    v.until(lambda: v.dialogs != [])
+    assert "started anew" in v.dialogs[0]
+    v.page.wait_for_selector("html[data-ming=ready]")
+    room(v)
+    v.page.wait_for_function(
+        "() => document.querySelector('#ming-exam-counts').innerText.includes('1 answered before')"
+    )
+    assert v.page.evaluate("localStorage.getItem('ming.exam')") == kept and v.errors == []
+
+
+def test_old_sittings_leave_the_browser_and_their_figures_stay(serve: Any, visit: Any, tmp_path: Path) -> None:
+    v = visit(serve(engine(), Settings(data_dir=tmp_path / "data", progress="browser")))
+    left = v.page.evaluate(
+        """() => {
+          const columns = { sittings: ["id", "finished"], responses: ["sitting", "place"], tally: ["key"] };
+          const rows = { sittings: [], responses: [], tally: [["k"]] };
+          for (let i = 0; i < 100; i++) { rows.sittings.push([`s${i}`, i < 99 ? i : null]); rows.responses.push([`s${i}`, 0]); }
+          const keys = { sittings: ["id"], responses: ["sitting", "place"], tally: ["key"] };
+          ming.keepProgress(JSON.stringify({ store: ming.store, columns, rows, keys, gone: [] }));
+          const kept = JSON.parse(localStorage.getItem("ming.exam")).rows;
+          return [Object.keys(kept.sittings), Object.keys(kept.responses).length, Object.keys(kept.tally).length];
+        }"""
+    )
+    assert len(left[0]) == 61 and "s99" in left[0] and "s98" in left[0] and "s38" not in left[0]
+    assert left[1:] == [61, 1]
+
+
+def test_arrows_walk_through_options_and_letters_can_be_switched_off(
+    serve: Any, visit: Any, settings: Settings
+) -> None:
+    v = visit(serve(engine(), settings))
+    room(v)
+    v.page.click("#ming-exam-start")
+    counter(v, "Question 1 of 20")
+    v.page.locator(".ex-pick").nth(0).focus()
+    v.page.keyboard.press("ArrowDown")
+    v.page.keyboard.press("ArrowDown")
+    assert v.page.evaluate("[...document.querySelectorAll('.ex-pick')].indexOf(document.activeElement)") == 2
+    v.page.keyboard.press("Space")
+    assert v.page.locator(".ex-pick").nth(2).get_attribute("aria-checked") == "true"
+    v.page.click(".ex-keys-switch")
+    assert "off" in v.text(".ex-keys-switch")
+    v.page.keyboard.press("A")
+    v.page.keyboard.press("F")
+    assert v.page.locator(".ex-pick").nth(0).get_attribute("aria-checked") == "false"
+    assert v.page.get_attribute(".ex-flag", "aria-pressed") == "false"
+    v.page.keyboard.press("ArrowRight")
+    counter(v, "Question 2 of 20")
+    v.page.reload()
+    v.page.wait_for_selector("html[data-ming=ready]")
+    room(v)
+    v.page.click("#ming-exam-resume")
+    counter(v, "Question 2 of 20")
+    assert "off" in v.text(".ex-keys-switch")
+    v.page.click(".ex-keys-switch")
+    v.page.keyboard.press("B")
+    assert v.page.locator(".ex-pick").nth(1).get_attribute("aria-checked") == "true" and v.errors == []
+
+
+def test_an_account_keeps_its_own_progress(serve: Any, chromium: Any, tmp_path: Path) -> None:
+    """Two who sign in do not see each other's; the same one does from another browser."""
+    settings = Settings(data_dir=tmp_path / "data", progress="account", port=0)
+    users = [("li", "one-secret"), ("wang", "another-secret")]
+    page = Page(EngineLoader.of(engine()), settings)
+    url = launch(page.blocks, settings, prevent_thread_lock=True, auth=users)[1]
+    try:
+
+        def signed_in(user: tuple[str, str]) -> Visit:
+            v = Visit(chromium.new_context(locale="en-US").new_page())
+            v.page.goto(url)
+            v.page.get_by_label("username").fill(user[0])
+            v.page.get_by_label("password").fill(user[1])
+            v.page.get_by_role("button", name="Login").click()
+            v.page.wait_for_selector("html[data-ming=ready]")
+            room(v)
+            return v
+
+        one = signed_in(users[0])
+        one.page.click("#ming-exam-start")
+        counter(one, "Question 1 of 20")
+        one.page.locator(".ex-pick").nth(0).click()
+        one.page.click(".ex-submit")
+        one.page.wait_for_selector(".ex-verdict:visible")
+        assert "0 answered before" in signed_in(users[1]).text("#ming-exam-counts")
+        again = signed_in(users[0])
+        assert "1 answered before" in again.text("#ming-exam-counts")
+        room(again, pane="data")
+        assert "Signed in as li" in again.text("#ming-exam")
+        assert again.page.evaluate("localStorage.getItem('ming.exam')") is None
+        folders = list((tmp_path / "data" / "accounts").iterdir())
+        assert len(folders) == 2 and not any(folder.name == "li" for folder in folders)
+    finally:
+        page.blocks.close(verbose=False)
 
 
 @pytest.mark.parametrize(("scheme", "locale"), [("dark", "zh-CN"), ("light", "en-US")])

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
-from pathlib import Path
 
 import pytest
 
-from ming_app.exam.bank import Shelf
 from ming_app.exam.formats import read_bank, write_bank
-from ming_app.exam.question import Question
 from tests.conftest import SHARED
 
 NAMES = (
@@ -58,21 +54,3 @@ def test_real_questions_survive_other_formats(kind: str) -> None:
     assert [(q.key, q.answer, q.explanation) for q in found.questions] == [
         (q.key, q.answer, q.explanation) for q in questions
     ]
-
-
-def test_a_bank_of_60000_questions_opens_at_once(tmp_path: Path) -> None:
-    """No timed test: it prints what a benchmark would, and fails only when it is far off."""
-    base = read_bank(content("exam_bank_zh.jsonl.gz"), "zh.jsonl").questions
-    questions = [Question(**{**vars_of(q), "stem": f"{q.stem} [{copy}]"}) for copy in range(7) for q in base][:60_000]
-    shelf = Shelf(tmp_path)
-    name = shelf.add("sixty thousand", questions).name
-    start = time.perf_counter()
-    bank = Shelf(tmp_path).open(name)
-    seconds = time.perf_counter() - start
-    print(f"opened {len(bank.questions)} questions in {seconds:.2f} s")
-    assert len(bank.questions) == 60_000 and bank.questions[59_999] == questions[-1]
-    assert seconds < 10
-
-
-def vars_of(question: Question) -> dict:
-    return {name: getattr(question, name) for name in Question.__dataclass_fields__}

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import random
-import time
-
 import pytest
 
-from ming_app.exam import schedule
 from ming_app.exam.desk import Desk
 from ming_app.exam.sitting import Response, Sitting
 from ming_app.exam.statistics import result, statistics
@@ -72,31 +68,3 @@ def test_the_result_of_a_sitting(clock: Clock) -> None:
     assert 0 not in found.wrong and 1 in found.wrong
     run.pass_share = (2 + 2 / 3) / len(questions)
     assert result(run).passed
-
-
-def test_100000_answers_are_counted_in_time(clock: Clock) -> None:
-    """Prints what a benchmark would; fails only when it is far off."""
-    store, rng = Store(":memory:", clock), random.Random(1)
-    subjects = [f"subject {i}" for i in range(30)]
-    rows = [
-        [
-            f"{i % 30_000:016x}",
-            "b",
-            clock() - rng.random() * 200 * DAY,
-            "A",
-            i % 3 > 0,
-            1.0,
-            30.0,
-            ("sure", "guess", "")[i % 3],
-        ]
-        + ["practice", f"{i:08x}", "A1", "zh", subjects[i % 30], ("easy", "hard")[i % 2], i % 2]
-        for i in range(100_000)
-    ]
-    state = schedule.review(None, schedule.rating(True, 10, "", "A1"), clock()).state
-    cards = [[f"{i:016x}", "b", state, clock() + i, 3.0] for i in range(30_000)]
-    store.put_tables({"answers": rows, "cards": cards})
-    start = time.perf_counter()
-    found = statistics(store)
-    seconds = time.perf_counter() - start
-    print(f"statistics over {found.total.total} answers: {seconds * 1000:.0f} ms")
-    assert found.total.total == 100_000 and len(found.subjects) == 30 and seconds < 5

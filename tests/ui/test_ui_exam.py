@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 
 from ming_app.exam.bank import Shelf
@@ -276,11 +277,11 @@ def test_filters_by_tags(made: Any) -> None:
 
 def test_statistics_and_words(made: Any) -> None:
     tab, session = made()
-    assert "No answer yet" in names(tab, tab.show_statistics(session, "0"))["statistics"]
+    assert "No answer yet" in names(tab, tab.show_statistics(session))["statistics"]
     begin(tab, session)
     do(tab, session, "rate", "sure")
     do(tab, session, "submit", "B")
-    found = names(tab, tab.show_statistics(session, "x"))
+    found = names(tab, tab.show_statistics(session))
     assert "Answers: 1 · Accuracy: 100%" in found["statistics"] and found["days"]["visible"]
     for lang in ("en", "zh"):
         assert all(json.loads(card_words(lang)).values())
@@ -419,16 +420,23 @@ def test_importing_shows_first_and_keeps_on_demand(made: Any, tmp_path: Path) ->
     path.write_text(CSV, encoding="utf-8")
     shown = names(tab, tab.panes.open_file(session, str(path)))
     assert "1 questions can be imported, 1 cannot" in shown["preview"] and "&lt;script&gt;" in shown["preview"]
-    assert "<script>" not in shown["preview"] and ["题目", "stem"] in shown["columns"]["value"]
+    assert "<script>" not in shown["preview"] and ["题目", "stem"] in shown["reading"]["columns"]
     assert len(session.exam.desk.shelf.list()) == 5
     report = names(tab, tab.panes.save_report(session))["download"]["value"]
     assert "坏题" in Path(report).read_text(encoding="utf-8-sig")
-    again = names(
-        tab, tab.panes.reread(session, [["题目", "stem"], ["A", "option_b"], ["B", "option_a"], ["答案", "answer"]])
-    )
-    assert "1 questions" in again["preview"] and session.exam.reading[2].questions[0].options["A"] == "乙"
-    wrong = names(tab, tab.panes.reread(session, [["题目", "colour"]]))
-    assert "no such field" in wrong["message"]
+
+    def chosen(columns: list[list[str]], **more: str) -> dict[str, Any]:
+        said = {"format": "csv", "lang": "", "count_from": "", "columns": columns, **more}
+        return names(tab, tab.panes.reread(session, gr.EventData(None, {"value": json.dumps(said)})))
+
+    again = chosen([["题目", "stem"], ["A", "option_b"], ["B", "option_a"], ["答案", "answer"]])
+    assert "1 questions" in again["preview"] and session.exam.reading.questions[0].options["A"] == "乙"
+    assert chosen([["题目", "colour"]]) == {} and chosen([], lang="fr") == {}  # no choice of the page's
+    lost = chosen([["题目", "stem"], ["答案", ""]])
+    assert "no column for answer" in lost["message"] and ["答案", ""] in lost["reading"]["columns"]
+    assert "cannot be read" in chosen([], format="moodle")["message"] or session.exam.reading.questions == ()
+    again = chosen([["题目", "stem"], ["答案", "answer"]], lang="en")
+    assert session.exam.reading.questions[0].lang == "en"
     done = names(tab, tab.panes.keep_bank(session, "Mine"))
     assert "Imported: Mine, 1 questions" in done["message"] and len(session.exam.desk.shelf.list()) == 6
     saved = names(tab, tab.panes.save_bank(session, session.exam.bank, "csv"))["download"]["value"]
@@ -482,7 +490,8 @@ def test_in_the_browser_every_action_hands_out_what_it_wrote(made: Any, tmp_path
     other = Session()
     other.exam = Room(Desk(Store(":memory:", Clock()), session.exam.desk.shelf), bank=session.exam.bank)
     text = json.dumps({"ming_progress": 1, **{table: list(rows.values()) for table, rows in kept.items()}})
-    assert tab.panes.restore(other, text) == {}
+    restored = json.loads(names(tab, tab.panes.restore(other, text))["changes"])
+    assert restored == {"store": other.exam.desk.store.name}  # the browser has the rows, and learns who keeps them now
     mine, theirs = session.exam.desk.store.export(), other.exam.desk.store.export()
     assert {table: sorted(map(str, mine[table])) for table in kept} == {t: sorted(map(str, theirs[t])) for t in kept}
     assert payload.card(session.exam, "en")["question"]["chosen"] == "B"

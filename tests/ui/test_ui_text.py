@@ -36,7 +36,17 @@ def test_every_key_is_used() -> None:
     code = "\n".join(text for name, text in SOURCES.items() if name not in ("text.py", "words.py"))
     dynamic = ("about.", "load.", "notice.", "app.theme_", "experts.download_", "set.")
     dynamic += ("exam.card.state_", "exam.card.cause_", "exam.difficulty_")
-    dynamic += ("exam.result.by_", "exam.when_", "exam.import_", "exam.only", "exam.order", "exam.mode", "exam.sure_")
+    dynamic += (
+        "exam.result.by_",
+        "exam.when_",
+        "exam.import_",
+        "exam.field.",
+        "exam.only",
+        "exam.order",
+        "exam.mode",
+        "exam.sure_",
+    )
+    dynamic += ("exam.reading.",)
     dynamic += ("exp.view_", "exp.kind_", "exp.missing_", "exp.col_")  # made from names in code
     unused = []
     for key in TEXTS:

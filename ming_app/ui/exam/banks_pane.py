@@ -3,6 +3,8 @@ deleted."""
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable
 from html import escape
@@ -12,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ming_app.errors import MingError
-from ming_app.exam.formats import WRITERS, ColumnsError, Import, ReadOptions, read_bank, write_bank
-from ming_app.exam.formats.columns import FIELDS
+from ming_app.exam.formats import WRITERS, ColumnsError, Import, read_bank, write_bank
 from ming_app.exam.formats.writing import ENDINGS
 from ming_app.exam.progress_file import read_progress, write_progress
+from ming_app.ui.assets import read
 from ming_app.ui.bilingual import labelled
 from ming_app.ui.chat import Session
 from ming_app.ui.exam import pages
-from ming_app.ui.handlers import QUIET
+from ming_app.ui.exam.reading import Reading, chosen_options, reading_choices, reading_words
+from ming_app.ui.handlers import QUIET, Updates
 from ming_app.ui.text import t
 
 if TYPE_CHECKING:
-    from ming_app.ui.exam.tab import ExamTab, Updates
-
-PREVIEW_FORMATS = ("jsonl", "csv", "xlsx")  # formats with columns that can be named
+    from ming_app.ui.exam.room import Room
+    from ming_app.ui.exam.tab import ExamTab
 
 
 class BanksPane:
@@ -46,12 +48,18 @@ class BanksPane:
         )
         with gr.Column(visible=False, elem_id="ming-exam-import") as self.import_box:
             self.preview = gr.HTML("", apply_default_css=False)
-            self.columns = gr.Dataframe(
-                headers=["column", "meaning"], type="array", interactive=True, visible=False, column_count=2
+            self.reading = words(
+                lambda words: gr.HTML(
+                    value={},
+                    html_template='<div class="xi"></div>',
+                    js_on_load=read("import.js"),
+                    apply_default_css=False,
+                    elem_id="ming-exam-reading",
+                    words=words,
+                ),
+                lambda lang: {"words": reading_words(lang)},
             )
-            with gr.Row():
-                self.read_again = self.tab.button("exam.import_again", "ming-exam-read-again")
-                self.report = self.tab.button("exam.import_report", "ming-exam-report")
+            self.report = self.tab.button("exam.import_report", "ming-exam-report")
             self.bank_title = words(gr.Textbox, labelled("exam.import_title"), max_lines=1, elem_id="ming-exam-title")
             self.keep = self.tab.button("exam.import_keep", "ming-exam-keep", primary=True)
         with gr.Row(elem_id="ming-exam-export-row"):
@@ -74,11 +82,9 @@ class BanksPane:
 
     def data(self) -> None:
         words = self.words
-        words(
-            gr.HTML,
-            lambda lang: {"value": f'<p class="xp-hint">{self._where(lang)}</p>'},
-            apply_default_css=False,
-        )
+        self.where = gr.HTML("", apply_default_css=False)
+        if self.tab.rooms.by_account and os.environ.get("OAUTH_CLIENT_ID"):  # a Space with hf_oauth in its README
+            gr.LoginButton(size="sm", variant="secondary", elem_id="ming-sign-in")
         with gr.Row():
             self.data_export = self.tab.button("exam.data_export", "ming-exam-data-export")
             self.data_import = words(
@@ -98,10 +104,15 @@ class BanksPane:
             )
             self.data_yes = self.tab.button("exam.data_yes", "ming-exam-data-yes")
 
-    def _where(self, lang: str) -> str:
-        if not self.tab.rooms.on_disk:
-            return escape(t(lang, "exam.data_browser"))
-        return escape(t(lang, "exam.data_disk", path=self.tab.rooms.folder))
+    def where_text(self, lang: str, room: Room) -> str:
+        """Where this visitor's progress is kept."""
+        if room.account:
+            said = t(lang, "exam.data_account", user=room.account.removeprefix("hf:"))
+        elif room.in_browser:
+            said = t(lang, "exam.data_browser")
+        else:
+            said = t(lang, "exam.data_disk", path=self.tab.rooms.folder)
+        return f'<p class="xp-hint">{escape(said)}</p>'
 
     # -- events --------------------------------------------------------------------------------------------------
 
@@ -112,9 +123,10 @@ class BanksPane:
 
     def _wire_banks(self, quick: Callable[..., Any]) -> None:
         session = self.session
-        seen = [self.import_box, self.preview, self.columns, self.bank_title, self.keep, self.report, self.tab.message]
-        self.upload.upload(self.open_file, [session, self.upload], seen, **{**QUIET, "show_progress": "minimal"})
-        self.read_again.click(self.reread, [session, self.columns], seen, **QUIET)
+        seen = [self.import_box, self.preview, self.reading, self.bank_title, self.keep, self.report, self.tab.message]
+        waited = {**QUIET, "show_progress": "minimal"}
+        self.upload.upload(self.open_file, [session, self.upload], seen, **waited)
+        self.reading.select(self.reread, [session], seen, **waited)
         quick(self.keep.click, self.keep_bank, [session, self.bank_title], [*self.tab.everything[:-1], self.import_box])
         sure = "(s, name) => [s, ming.sure('remove') ? name : null]"
         quick(self.remove.click, self.remove_bank, [session, self.tab.bank], self.tab.everything[:-1], js=sure)
@@ -141,47 +153,45 @@ class BanksPane:
         room = self.tab.room(session)
         if not path:
             return {}
-        name = Path(path).name
-        try:
-            data = Path(path).read_bytes()
-            room.reading = (name, data, read_bank(data, name))
-            said = "" if self.tab.rooms.on_disk else pages.told(session.lang, t(session.lang, "exam.import_browser"))
-        except ColumnsError as error:  # the person says which column is which
-            room.reading = (name, data, Import((), (), error.format, error.encoding, error.columns))
-            said = pages.told(session.lang, "", error)
-        except MingError as error:
-            return {self.import_box: gr.update(visible=False), self.tab.message: pages.told(session.lang, "", error)}
-        return {**self._preview(session), self.bank_title: Path(name).stem[:80], self.tab.message: said}
+        room.reading = Reading(Path(path).name, Path(path).read_bytes())
+        found = self._read(session, room.reading)
+        return {**found, self.bank_title: Path(path).stem[:80]}
 
-    def reread(self, session: Session, columns: list[list[str]] | None) -> Updates:
-        """Reads the file again with the columns as the person named them."""
+    def reread(self, session: Session, event: gr.EventData) -> Updates:
+        """Reads the file again as the person chose."""
         room = self.tab.room(session)
         if room.reading is None:
             return {}
-        name, data, before = room.reading
-        given = {str(row[0]): str(row[1] or "").strip() for row in columns or [] if row and row[0]}
         try:
-            room.reading = (name, data, read_bank(data, name, ReadOptions(format=before.format, columns=given)))
-        except MingError as error:
-            return {self.tab.message: pages.told(session.lang, "", error)}
-        return {**self._preview(session), self.tab.message: ""}
+            room.reading.options = chosen_options(event.value)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return {}  # not what our page sends
+        return self._read(session, room.reading)
 
-    def _preview(self, session: Session) -> Updates:
-        room = self.tab.room(session)
-        assert room.reading is not None
-        name, _, found = room.reading
-        rows = [[column, field] for column, field in found.columns.items()]
+    def _read(self, session: Session, reading: Reading) -> Updates:
+        """Reads the file and shows what came of it; where it could not be read, the choices stay."""
         lang = session.lang
-        title = f"{t(lang, 'exam.import_columns')}: {', '.join(FIELDS)}"
+        said = "" if self.tab.rooms.on_disk else pages.told(lang, t(lang, "exam.import_browser"))
+        try:
+            reading.found = read_bank(reading.data, reading.name, reading.options)
+        except ColumnsError as error:  # the person says which column is which
+            reading.found = Import((), (), error.format, error.encoding, error.columns)
+            said = pages.told(lang, "", error)
+        except MingError as error:
+            known = reading.found
+            if known is None:
+                return {self.import_box: gr.update(visible=False), self.tab.message: pages.told(lang, "", error)}
+            reading.found = Import((), (), reading.options.format or known.format, known.encoding, {})
+            said = pages.told(lang, "", error)
+        return {**self._preview(lang, reading), self.tab.message: said}
+
+    def _preview(self, lang: str, reading: Reading) -> Updates:
+        found = reading.found
+        assert found is not None
         return {
             self.import_box: gr.update(visible=True),
-            self.preview: pages.import_page(lang, name, found),
-            self.columns: gr.update(
-                value=rows,
-                visible=found.format in PREVIEW_FORMATS,
-                label=title,
-                headers=[t(lang, "exam.import_column"), t(lang, "exam.import_meaning")],
-            ),
+            self.preview: pages.import_page(lang, reading.name, found),
+            self.reading: reading_choices(reading.options, found),
             self.keep: gr.update(interactive=bool(found.questions)),
             self.report: gr.update(visible=bool(found.rejected)),
         }
@@ -190,9 +200,9 @@ class BanksPane:
         room, lang = self.tab.room(session), session.lang
         if room.reading is None:
             return {}
-        name, _, found = room.reading
+        reading = room.reading
         try:
-            bank = room.desk.add_bank(title.strip() or Path(name).stem, found.questions)
+            bank = room.desk.add_bank(title.strip() or Path(reading.name).stem, reading.questions)
         except MingError as error:
             return {self.tab.message: pages.told(lang, "", error)}
         room.reading, room.bank = None, bank.name
@@ -213,8 +223,8 @@ class BanksPane:
         room = self.tab.room(session)
         if room.reading is None:
             return {}
-        path = self.do.files.new() / f"{Path(room.reading[0]).stem}-rejected.csv"
-        path.write_text(pages.rejected_csv(session.lang, room.reading[2]), encoding="utf-8")
+        path = self.do.files.new() / f"{Path(room.reading.name).stem}-rejected.csv"
+        path.write_text(pages.rejected_csv(session.lang, room.reading.rejected), encoding="utf-8")
         return {self.download: gr.update(value=str(path))}
 
     def save_bank(self, session: Session, name: str | None, kind: str) -> Updates:
@@ -233,11 +243,14 @@ class BanksPane:
         """Takes back what the browser kept."""
         try:
             room = self.tab.room(session)
+            if not room.in_browser:
+                return {}
             if text:
                 read_progress(room.desk.store, text.encode())
+                room.desk.store.take_changes()  # the browser has them
+            return {self.tab.changes: json.dumps(room.desk.store.take_changes())}
         except MingError as error:
             return {self.tab.message: pages.told(session.lang, "", error)}
-        return {}
 
     def save_progress(self, session: Session) -> Updates:
         path = self.do.files.new() / f"ming-progress-{time.strftime('%Y%m%d-%H%M%S')}.json"

@@ -22,11 +22,11 @@ from ming_app.ui.bilingual import labelled, valued
 from ming_app.ui.chat import Session, Turn
 from ming_app.ui.exam import pages, payload, tutor
 from ming_app.ui.exam.room import Room
-from ming_app.ui.handlers import DEADLINE, QUEUED, QUIET
+from ming_app.ui.handlers import DEADLINE, QUEUED, QUIET, Updates
 from ming_app.ui.text import refusal, t
 
 if TYPE_CHECKING:
-    from ming_app.ui.exam.tab import ExamTab, Updates
+    from ming_app.ui.exam.tab import ExamTab
 
 HELP_TOKENS = 400
 SHUFFLES = 2

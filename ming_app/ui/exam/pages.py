@@ -9,7 +9,7 @@ from typing import Any
 from ming_app.errors import MingError
 from ming_app.exam.bank import letters_shown
 from ming_app.exam.candidate import Attempt
-from ming_app.exam.formats import FORMATS, Import
+from ming_app.exam.formats import FORMATS, Import, Rejected
 from ming_app.exam.formats.writing import safe_cell
 from ming_app.exam.question import TYPES
 from ming_app.exam.sitting import Drawn, Sitting
@@ -251,7 +251,7 @@ def _rejected(lang: str, read: Import) -> str:
     return f'<h3>{escape(t(lang, "exam.import_rejected"))}</h3><div class="er-scroll"><table class="er-table"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{rest}'
 
 
-def rejected_csv(lang: str, read: Import) -> str:
+def rejected_csv(lang: str, rejected: Sequence[Rejected]) -> str:
     """Every rejected row, for a spreadsheet."""
     import csv
     import io
@@ -259,7 +259,7 @@ def rejected_csv(lang: str, read: Import) -> str:
     out = io.StringIO()
     writer = csv.writer(out)
     writer.writerow([t(lang, f"exam.import_{key}") for key in ("line", "reason", "text")])
-    for row in read.rejected:
+    for row in rejected:
         writer.writerow([row.line, row.reason.message(lang), safe_cell(row.excerpt)])
     return "\ufeff" + out.getvalue()
 

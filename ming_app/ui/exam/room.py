@@ -3,21 +3,23 @@ the desk, and either changed something or raises MingError. Knows no gradio."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ming_app.errors import MingError, UsageError
 from ming_app.exam.bank import Shelf
 from ming_app.exam.candidate import Attempt
 from ming_app.exam.desk import Choice, Desk
-from ming_app.exam.formats import Import
 from ming_app.exam.sitting import PRESETS, Sitting
 from ming_app.exam.statistics import result
 from ming_app.exam.store import Store
 from ming_app.settings import Settings
+from ming_app.ui.exam.reading import Reading
 
 MAX_LETTERS = 10
 
@@ -43,8 +45,8 @@ class Room:
     """why the last action was refused"""
     attempts: dict[str, Attempt] = field(default_factory=dict)
     """the model's answers, by question key"""
-    reading: tuple[str, bytes, Import] | None = None
-    """a file that may be imported: name, content, what was read"""
+    reading: Reading | None = None
+    """a file that may be imported"""
     helper: Any = None
     """the chat.Session of the model's last help"""
     helped: tuple[str, int, bool, bool] = ("", 0, False, False)
@@ -54,6 +56,8 @@ class Room:
     stop_case: threading.Event = field(default_factory=threading.Event)
     notice: str = ""
     """something to be said once, e.g. that the bank had too few questions"""
+    account: str = ""
+    """who is signed in, where progress is kept by account"""
 
     @property
     def in_browser(self) -> bool:
@@ -195,26 +199,40 @@ def _unknown() -> UsageError:
 
 
 class Rooms:
-    """Makes the room of a visitor: over the one desk of this machine, or over a desk of their own in memory."""
+    """Makes the room of a visitor: over a desk on disk, the machine's or their account's, or over one in memory."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._desk: Desk | None = None
+        self._desks: WeakValueDictionary[Path, Desk] = WeakValueDictionary()
         self.lock = threading.RLock()
 
     @property
     def on_disk(self) -> bool:
+        """Whether every visitor's progress is kept on disk."""
         return self._settings.keeps_progress
+
+    @property
+    def by_account(self) -> bool:
+        """Whether it is for those who have signed in."""
+        return self._settings.progress == "account"
 
     @property
     def folder(self) -> Path:
         return self._settings.data_dir
 
-    def new(self) -> Room:
-        """Raises StoreError when progress cannot be kept where the settings say."""
-        if not self.on_disk:
-            return Room(Desk(Store(":memory:"), Shelf(None)))
-        with self.lock:  # two windows may open at once, and must share one desk
-            if self._desk is None:
-                self._desk = Desk(Store(self.folder / "progress.sqlite"), Shelf(self.folder / "banks"))
-            return Room(self._desk)
+    def new(self, account: str = "") -> Room:
+        """`account`: who has signed in, "" for nobody. Raises StoreError when progress cannot be kept where it should."""
+        if self.on_disk:
+            return Room(self._desk(self.folder))
+        if account and self.by_account:
+            name = hashlib.sha256(account.encode()).hexdigest()[:32]  # no name can lead elsewhere
+            return Room(self._desk(self.folder / "accounts" / name), account=account)
+        return Room(Desk(Store(":memory:"), Shelf(None)))
+
+    def _desk(self, folder: Path) -> Desk:
+        """The one desk over a folder, for as long as a room holds it: two windows that are open at once share it."""
+        with self.lock:
+            desk = self._desks.get(folder)
+            if desk is None:
+                desk = self._desks[folder] = Desk(Store(folder / "progress.sqlite"), Shelf(folder / "banks"))
+            return desk

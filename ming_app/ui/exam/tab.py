@@ -26,11 +26,11 @@ from ming_app.ui.exam.help_pane import HelpPane
 from ming_app.ui.exam.plans import OWN, filled, own_blueprint, preset_item
 from ming_app.ui.exam.room import Room, Rooms
 from ming_app.ui.exam.words import EXAM_TEXTS
-from ming_app.ui.handlers import QUIET, Handlers
+from ming_app.ui.handlers import QUIET, Handlers, Updates
 from ming_app.ui.text import duration_text, t
 
+KEEP = "(text) => ming.keepProgress(text)"
 HISTORY = 50  # finished sittings that can be opened again
-Updates = dict[Any, Any]
 
 
 def _radio_words(name: str, values: Sequence[str]) -> Words:
@@ -40,18 +40,22 @@ def _radio_words(name: str, values: Sequence[str]) -> Words:
     }
 
 
-def _like(handler: Callable[..., Updates], changes: Any) -> Callable[..., Updates]:
-    """The handler, which also empties `changes` unless it sets them: what an earlier action wrote is not kept again."""
+def _like(handler: Callable[..., Updates], session: Any, changes: Any) -> Callable[..., Updates]:
+    """The handler, which also empties `changes` unless it sets them: what an earlier action wrote is not kept again.
+
+    It gives the session back as well, so that Gradio does not take a visitor who answers questions for one who has gone.
+    """
 
     @wraps(handler)
     def run(*values: Any, **events: Any) -> Updates:
-        return {changes: "", **handler(*values, **events)}
+        return {session: values[0], changes: "", **handler(*values, **events)}
 
     return run
 
 
-def _day(at: float) -> str:
-    return time.strftime("%m-%d %H:%M", time.localtime(at))
+def _day(at: float, east: float) -> str:
+    """A time on the visitor's clock."""
+    return time.strftime("%m-%d %H:%M", time.gmtime(at + east))
 
 
 def card_words(lang: str) -> str:
@@ -212,9 +216,7 @@ class ExamTab:
 
     # -- events --------------------------------------------------------------------------------------------------
 
-    def wire(
-        self, blocks: gr.Blocks, tabs: gr.Tabs, tab: gr.Tab, page: list[Any], show: Callable[[Session], list[Any]]
-    ) -> None:
+    def wire(self, tabs: gr.Tabs, tab: gr.Tab, page: list[Any], show: Callable[[Session], list[Any]]) -> None:
         """Connects the events; `tab` among `tabs` shows all this, `page` are the chat's components that `show` updates."""
         session = self.session
         self.changes = gr.Textbox("", visible="hidden", elem_id="ming-exam-changes")
@@ -226,7 +228,7 @@ class ExamTab:
             self.own_types,
             self.own_subjects,
         ]
-        homes = [*choices, self.counts, self.fill, self.history_row, self.history, self.message]
+        homes = [*choices, self.panes.where, self.counts, self.fill, self.history_row, self.history, self.message]
         runs = [
             self.card,
             self.run_box,
@@ -240,11 +242,10 @@ class ExamTab:
         def quick(
             event: Any, handler: Callable[..., Updates], inputs: list[Any], outputs: list[Any], **more: Any
         ) -> Any:
-            done = event(
-                _like(handler, self.changes), inputs, list(dict.fromkeys([*outputs, self.changes])), **{**QUIET, **more}
-            )
+            shown = list(dict.fromkeys([*outputs, session, self.changes]))
+            done = event(_like(handler, session, self.changes), inputs, shown, **{**QUIET, **more})
             if not self.rooms.on_disk:
-                done.then(None, [self.changes], None, js="(text) => ming.keepProgress(text)")
+                done.then(None, [self.changes], None, js=KEEP)
             return done
 
         quick(tab.select, self.arrive, [session], everything)
@@ -272,26 +273,28 @@ class ExamTab:
         quick(self.again.click, self.repeat_wrong, [session], everything)
         quick(self.home.click, self.back, [session], everything)
         drawn = [self.statistics, self.days, self.forecast]
-        self.statistics_tab.select(
-            self.show_statistics,
-            [session, self.changes],
-            drawn,
-            js="(s) => [s, String(-60 * new Date().getTimezoneOffset())]",
-            **QUIET,
-        )
+        self.statistics_tab.select(self.show_statistics, [session], drawn, **QUIET)
         self.panes.wire(quick)
         self.help.wire(tabs, page, show)
-        if not self.rooms.on_disk:
-            blocks.load(
-                self.panes.restore, [session, self.changes], [self.message], js="(s) => [s, ming.progress()]", **QUIET
-            )
 
     # -- what is shown -------------------------------------------------------------------------------------------
+
+    def wire_arrival(self, arrived: Any) -> None:
+        """After the page was opened, and it is known who opened it: the browser's progress comes back."""
+        if not self.rooms.on_disk:
+            kept = arrived.then(
+                self.panes.restore,
+                [self.session, self.changes],
+                [self.message, self.changes],
+                js="(s) => [s, ming.progress()]",
+                **QUIET,
+            )
+            kept.then(None, [self.changes], None, js=KEEP)
 
     def room(self, session: Session) -> Room:
         with self.rooms.lock:
             if session.exam is None:
-                session.exam = self.rooms.new()
+                session.exam = self.rooms.new(session.account)
             return session.exam
 
     def arrive(self, session: Session) -> Updates:
@@ -327,11 +330,12 @@ class ExamTab:
             room.bank = next((bank.name for bank in listed if bank.name.endswith(lang)), names[0] if names else "")
         choices = [(bank.titles.get(lang) or bank.name, bank.name) for bank in listed]
         found: Updates = {self.bank: gr.update(choices=choices, value=room.bank or None), self.message: ""}
+        found[self.panes.where] = self.panes.where_text(lang, room)
         if room.bank:
             found |= self._bank_now(room, lang)
         waiting = room.desk.unfinished()
-        items = [(self._unfinished_item(room, lang, sitting), sitting.id) for sitting in waiting]
-        past = self._history(room, lang)
+        items = [(self._unfinished_item(session, room, sitting), sitting.id) for sitting in waiting]
+        past = self._history(session, room)
         found[self.history_row] = gr.update(visible=bool(past))
         found[self.history] = gr.update(choices=past, value=past[0][1] if past else None)
         found[self.unfinished_row] = gr.update(visible=bool(items))
@@ -375,15 +379,22 @@ class ExamTab:
         }
         return found
 
-    def _unfinished_item(self, room: Room, lang: str, sitting: Sitting) -> str:
+    def _unfinished_item(self, session: Session, room: Room, sitting: Sitting) -> str:
+        lang = session.lang
         counts = {"done": sitting.answered(), "n": len(sitting.questions)}
-        said = t(lang, "exam.unfinished_item", title=room.title(sitting, lang), when=_day(sitting.started), **counts)
+        said = t(
+            lang,
+            "exam.unfinished_item",
+            title=room.title(sitting, lang),
+            when=_day(sitting.started, session.east),
+            **counts,
+        )
         left = sitting.remaining(room.desk.store.now())
         return said if left is None else f"{said} · {t(lang, 'exam.unfinished_left', left=duration_text(lang, left))}"
 
-    def _history(self, room: Room, lang: str) -> list[tuple[str, str]]:
+    def _history(self, session: Session, room: Room) -> list[tuple[str, str]]:
         """Finished sittings, newest first; those whose questions are gone are left out."""
-        found = []
+        found, lang = [], session.lang
         for row in room.desk.store.sittings(finished=True)[:HISTORY]:
             try:
                 sitting = room.desk.sitting(row["id"])
@@ -392,7 +403,12 @@ class ExamTab:
             came = result(sitting)
             if came.total:
                 title = room.title(sitting, lang)
-                item = {"when": _day(sitting.started), "title": title, "right": came.right, "total": came.total}
+                item = {
+                    "when": _day(sitting.started, session.east),
+                    "title": title,
+                    "right": came.right,
+                    "total": came.total,
+                }
                 found.append((t(lang, "exam.history_item", **item), sitting.id))
         return found
 
@@ -526,12 +542,8 @@ class ExamTab:
         self.room(session).open = ""
         return self.refresh(session)
 
-    def show_statistics(self, session: Session, offset: str) -> Updates:
-        try:
-            east = max(-86_400.0, min(86_400.0, float(offset or 0)))
-        except ValueError:
-            east = 0.0
-        found, lang = statistics(self.room(session).desk.store, east), session.lang
+    def show_statistics(self, session: Session) -> Updates:
+        found, lang = statistics(self.room(session).desk.store, session.east), session.lang
         some = bool(found.total.total)
         return {
             self.statistics: pages.statistics_page(lang, found),

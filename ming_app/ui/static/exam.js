@@ -281,6 +281,25 @@ $(".ex-note textarea").addEventListener("blur", keepNote);
 // The button that goes on from here.
 const forward = () => [".ex-submit", ".ex-next", ".ex-finish"].map($).find((made) => !made.hidden && !made.disabled);
 
+// Keys of one character disturb those who speak to their computer: they can be switched off.
+const OFF = "ming.exam.keys";
+const letterKeys = () => { try { return localStorage.getItem(OFF) !== "off"; } catch { return true; } };
+function keysSwitch() {
+  const made = $(".ex-keys-switch"), on = letterKeys();
+  made.textContent = say(on ? "keys_on" : "keys_off");
+  made.setAttribute("aria-pressed", on);
+}
+$(".ex-keys-switch").addEventListener("click", () => {
+  try { localStorage.setItem(OFF, letterKeys() ? "off" : "on"); } catch { /* a private window: they stay on */ }
+  keysSwitch();
+});
+
+// Up and down walk through the options once the focus is among them; elsewhere they scroll the page.
+function walk(step) {
+  const picks = [...element.querySelectorAll(".ex-pick:not(:disabled)")];
+  picks[(picks.indexOf(document.activeElement) + step + picks.length) % picks.length].focus();
+}
+
 // Keys, while the card is in view and nobody types. Enter on a button of ours is that button's.
 document.addEventListener("keydown", (event) => {
   if (!element.isConnected || !now.open || now.paused || !element.offsetParent && !$(".ex").offsetParent) return;
@@ -292,6 +311,7 @@ document.addEventListener("keydown", (event) => {
     if (key === "Escape") $(".ex-no").click();
     return;
   }
+  if (key.length === 1 && key !== " " && !letterKeys()) return;
   const number = LETTERS.indexOf(key) >= 0 ? LETTERS.indexOf(key) : "1234567890".indexOf(key);
   if (key === "F") flag();
   else if (q && number >= 0 && number < q.options.length) {
@@ -300,6 +320,7 @@ document.addEventListener("keydown", (event) => {
   }
   else if (key === "ArrowRight") go(now.index + 1);
   else if (key === "ArrowLeft") go(now.index - 1);
+  else if ((key === "ArrowDown" || key === "ArrowUp") && at.matches?.(".ex-pick")) walk(key === "ArrowDown" ? 1 : -1);
   else if (key === "Enter") {
     if (at.closest?.("button, a, summary")) return; // it is that button's
     if (now.mode === "tutor" && q && !q.final) submit();
@@ -329,6 +350,7 @@ function speak() {
   words = JSON.parse(props.words || "{}");
   for (const made of element.querySelectorAll("[data-t]")) made.textContent = say(made.dataset.t);
   for (const cell of $(".ex-cells").children) cell.className = "";
+  keysSwitch();
   draw();
 }
 watch("value", update);

@@ -20,11 +20,11 @@
   document.documentElement.classList.toggle("ming-hold", language() !== "en");
 
   window.ming = {
-    // Interface language and appearance to begin with.
+    // Interface language and appearance to begin with, and the seconds this clock is ahead of UTC.
     first: () => {
       paint();
       document.documentElement.lang = language() === "zh" ? "zh-CN" : "en";
-      return [language(), prefs().theme || "auto"];
+      return [language(), prefs().theme || "auto", -60 * new Date().getTimezoneOffset()];
     },
     ready: () => {
       document.documentElement.classList.remove("ming-hold");

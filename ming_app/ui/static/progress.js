@@ -12,10 +12,31 @@
     const found = kept(), tables = Object.fromEntries(Object.entries(found.rows).map(([table, rows]) => [table, Object.values(rows)]));
     return Object.keys(tables).length ? JSON.stringify({ ming_progress: 1, columns: found.columns, ...tables }) : "";
   };
-  // Rows that the server has just written.
+  const say = (key) => JSON.parse(document.querySelector("#ming-words").dataset.words)[key];
+  // Finished sittings that are kept with every answer; of older ones the figures stay (answers, tally, cards).
+  const SITTINGS = 60;
+  const prune = (rows, columns) => {
+    const finished = columns.sittings.indexOf("finished"), own = rows.sittings || {};
+    const over = Object.entries(own).filter(([, row]) => row[finished] !== null).sort((a, b) => b[1][finished] - a[1][finished]);
+    forget(rows, over.slice(SITTINGS).map(([id]) => id));
+  };
+  const forget = (rows, ids) => {
+    const gone = new Set(ids);
+    if (!gone.size) return;
+    for (const id of gone) delete rows.sittings?.[id];
+    for (const key of Object.keys(rows.responses || {})) if (gone.has(key.split("|")[0])) delete rows.responses[key];
+  };
+  // Rows that the server has just written. `store` names what it keeps for this page: another name than before means that
+  // it has forgotten us (it was started anew), and rows that begin from nothing must not replace ours.
   ming.keepProgress = (text) => {
     if (!text) return;
     const changes = JSON.parse(text);
+    ming.store ??= changes.store;
+    if (ming.store !== changes.store) {
+      alert(say("forgotten"));
+      location.reload();
+      return;
+    }
     if (!changes.rows) return;
     const found = kept();
     found.columns = changes.columns;
@@ -23,14 +44,12 @@
       const own = (found.rows[table] ??= {}), at = changes.keys[table].map((name) => changes.columns[table].indexOf(name));
       for (const row of rows) own[at.map((i) => row[i]).join("|")] = row;
     }
-    for (const id of changes.gone || []) {
-      delete found.rows.sittings?.[id];
-      for (const key of Object.keys(found.rows.responses || {})) if (key.startsWith(`${id}|`)) delete found.rows.responses[key];
-    }
+    forget(found.rows, changes.gone);
+    prune(found.rows, found.columns);
     try { localStorage.setItem(STORE, JSON.stringify(found)); } catch {
       // full, or a private window: said where it cannot be missed
-      const made = document.querySelector("#ming-exam-message"), words = document.querySelector("#ming-words")?.dataset.words;
-      if (made && words) made.textContent = JSON.parse(words).full;
+      const made = document.querySelector("#ming-exam-message");
+      if (made) made.textContent = say("full");
     }
   };
   ming.forgetProgress = () => localStorage.removeItem(STORE);
