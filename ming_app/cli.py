@@ -39,6 +39,7 @@ SETTINGS_FLAGS = (
     "threads",
     "context",
     "lang",
+    "region",
 )
 SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 BROKEN_PIPE = 141  # as a shell reports a reader that went away: 128 + SIGPIPE
@@ -202,6 +203,18 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
 
     add_exam_parser(commands, t, [common])
     commands.choices["exam"].set_defaults(run=cmd_exam)
+
+    triage = _command(
+        commands,
+        "triage",
+        cmd_triage,
+        [_plain_options(console)],
+        t("look for signs of an emergency in a text; no model", "检查文本中的急症信号（不需要模型）"),
+    )
+    triage.add_argument("text", metavar="TEXT", help=t("- reads standard input", "- 表示从标准输入读取"))
+    triage.add_argument(
+        "--region", help=t("whose emergency numbers: cn, us, uk, eu, hk, tw", "急救号码：cn、us、uk、eu、hk、tw")
+    )
 
     bench = _command(commands, "bench", cmd_bench, [common], t("measure speed and memory", "测量速度与内存"))
     bench.add_argument(
@@ -434,6 +447,24 @@ def cmd_exam(args: argparse.Namespace, settings: Settings, console: Console, loa
     from ming_app.exam_cli import run_exam
 
     console.result(run_exam(args, settings, console, load_engine))
+    return 0
+
+
+def cmd_triage(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """Red flags in a text. Exit code 0 whether there is one or not: the object says."""
+    from ming_app.safety.notices import triage
+
+    found = triage(_question(args.text), settings.region, settings.lang[:2].lower())
+    if found["red_flag"]:
+        console.line(f"[{found['category']}] {found['message']}")
+    else:
+        console.line(
+            console.text(
+                "No sign of an emergency was found. This is no all-clear: in doubt, see a doctor.",
+                "未发现急症信号。这不代表没有危险，如有疑虑请就医。",
+            )
+        )
+    console.result(found)
     return 0
 
 

@@ -21,6 +21,7 @@ PRECISIONS = ("auto", "4bit", "mix", "8bit", "float32", "bf16", "nf4", "int8")  
 
 
 PROGRESS = ("auto", "disk", "browser", "account")
+REGIONS = ("auto", "cn", "us", "uk", "eu", "hk", "tw", "world")
 
 
 def default_cache_dir() -> Path:
@@ -78,6 +79,8 @@ class Settings:
     port: int = 7860
     lang: str = ""
     """Language of messages on the command line: "zh" or "en"; empty follows the locale."""
+    region: str = "auto"
+    """Whose emergency numbers a warning names: "cn", "us", "uk", "eu", "hk", "tw", "world"; "auto" follows the language."""
     max_queue: int = 32
     """Chat requests that may wait; one more is refused politely."""
 
@@ -87,6 +90,7 @@ class Settings:
             ("precision", PRECISIONS),
             ("device", ("auto", "cpu", "cuda")),
             ("progress", PROGRESS),
+            ("region", REGIONS),
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ming_app.database import StoreError, dumps
 from ming_app.exam import schedule
 from ming_app.exam.question import LETTERS, clean
 from ming_app.exam.sitting import CONFIDENCE, MODES
-from ming_app.exam.store import CAUSES, MAX_NOTE, TABLES, Store, StoreError, dumps
+from ming_app.exam.store import CAUSES, MAX_NOTE, TABLES, Store
 
 MAX_BYTES = 20 << 20
 MAX_ROWS = 1_000_000

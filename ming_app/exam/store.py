@@ -1,40 +1,24 @@
-"""`Store`: a person's progress in SQLite: answers, cards, marks, and sittings as they run. Nothing of it leaves the machine.
-
-One file in the user's data folder (WAL, every action committed: a killed process loses at most the action in flight), or
-in memory for a visitor of a public page, whose browser keeps the export. One writer: a lock in the process, SQLite's own
-between processes. A damaged file is set aside, and the newest backup takes its place; `notice` says so.
-"""
+"""`Store`: a person's exam progress: answers, cards, marks, and sittings as they run, kept by the rules of database.py."""
 
 from __future__ import annotations
 
-import json
-import os
 import sqlite3
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ming_app.errors import MingError
+from ming_app.database import Database, Schema, StoreError, Words, execute_all
 from ming_app.exam import schedule
 from ming_app.exam.bank import tag_of
 from ming_app.exam.grade import Grade
 from ming_app.exam.question import Question, clean
 from ming_app.exam.sitting import Response, Sitting
 
-DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 CAUSES = ("knowledge", "misread", "reasoning", "time")
 MASTERED = 2  # right answers in a row that take a question out of the wrong book
-BACKUP_EVERY = 86_400.0
 MAX_NOTE = 2_000
-
-
-class StoreError(MingError):
-    """Progress could not be kept or read."""
 
 
 def m001_progress(db: sqlite3.Connection) -> None:
@@ -68,13 +52,9 @@ def m001_progress(db: sqlite3.Connection) -> None:
             confidence TEXT NOT NULL, flagged INTEGER NOT NULL, struck TEXT NOT NULL, final INTEGER NOT NULL,
             graded INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (sitting, place)) WITHOUT ROWID;
         """
-    for statement in statements.split(";"):  # not executescript, which would end the transaction
-        if statement.strip():
-            db.execute(statement)
+    execute_all(db, statements)
 
 
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (m001_progress,)
-"""in order; a file knows how many it has seen (PRAGMA user_version)"""
 TABLES: Mapping[str, tuple[str, ...]] = {
     "answers": (
         "key",
@@ -129,6 +109,16 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 """table -> the columns that tell its rows apart"""
 
 
+SCHEMA = Schema(
+    tables=TABLES,
+    keys=KEYS,
+    migrations=(m001_progress,),
+    used="answers",
+    what=Words("your progress", "学习进度"),
+    refused=Words("Your answer could not be kept", "作答未能保存"),
+)
+
+
 @dataclass(frozen=True)
 class Mark:
     """What a person wrote at a question."""
@@ -138,138 +128,11 @@ class Mark:
     cause: str = ""
 
 
-class Store:
+class Store(Database):
     """Open one with a path, or ":memory:". Every method may be called from any thread."""
 
     def __init__(self, path: Path | str, now: Callable[[], float] = time.time):
-        self.path = None if str(path) == ":memory:" else Path(path)
-        self.now = now
-        self.notice: StoreError | None = None
-        """what happened to the file when it was opened, to be told"""
-        self._lock = threading.RLock()
-        self.name = uuid.uuid4().hex
-        """tells this opening of a store from any other"""
-        self._changed: dict[str, set[tuple[Any, ...]]] = {}
-        self._gone: list[str] = []
-        self._db = self._open()
-
-    # -- opening -------------------------------------------------------------------------------------------------
-
-    @property
-    def _backup_path(self) -> Path | None:
-        return self.path and self.path.with_name(self.path.stem + ".backup" + self.path.suffix)
-
-    def _open(self) -> sqlite3.Connection:
-        if self.path is None:
-            return _connected(":memory:")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                db = _connected(self.path)
-            except sqlite3.DatabaseError as error:
-                if error.sqlite_errorcode not in DAMAGED:  # busy, full, read-only: the file itself is well
-                    raise
-                return self._rebuild(self.path)
-            self._back_up(db)
-            return db
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(
-                f"Progress cannot be kept in {self.path.parent}: {error}. Set MING_DATA_DIR to a folder that can be written.",
-                f"无法在 {self.path.parent} 保存学习进度：{error}。请将 MING_DATA_DIR 设为可写的文件夹。",
-            ) from error
-
-    def _rebuild(self, path: Path) -> sqlite3.Connection:
-        """Sets a damaged file aside and goes on from the backup, or empty."""
-        aside = path.with_name(
-            f"{path.stem}.damaged-{time.strftime('%Y%m%d-%H%M%S', time.gmtime(self.now()))}{path.suffix}"
-        )
-        for ending in ("", "-wal", "-shm"):
-            with suppress(FileNotFoundError):
-                os.replace(str(path) + ending, str(aside) + ending)
-        backup = self._backup_path
-        if backup is not None and backup.is_file():
-            with suppress(sqlite3.DatabaseError):
-                _connected(backup).close()  # raises when it is damaged too
-                path.write_bytes(backup.read_bytes())
-                made = time.strftime("%Y-%m-%d %H:%M", time.localtime(backup.stat().st_mtime))
-                self.notice = StoreError(
-                    f"The file of your progress was damaged. It was set aside as {aside.name}, and the backup of {made} took its place.",
-                    f"学习进度文件已损坏：原文件已另存为 {aside.name}，并已恢复 {made} 的备份。",
-                )
-                return _connected(path)
-        self.notice = StoreError(
-            f"The file of your progress was damaged and there is no backup. It was set aside as {aside.name}; if you have an export, import it.",
-            f"学习进度文件已损坏且没有备份：原文件已另存为 {aside.name}。如有导出文件，请重新导入。",
-        )
-        return _connected(path)
-
-    def _back_up(self, db: sqlite3.Connection) -> None:
-        """A copy a day, written under another name and renamed; none of an empty file."""
-        backup = self._backup_path
-        if backup is None or not db.execute("SELECT 1 FROM answers LIMIT 1").fetchone():
-            return
-        with suppress(OSError):
-            if self.now() - backup.stat().st_mtime < BACKUP_EVERY:
-                return
-        part = backup.with_suffix(".part")
-        with suppress(OSError, sqlite3.Error):
-            part.unlink(missing_ok=True)
-            copy = sqlite3.connect(part)
-            try:
-                db.backup(copy)
-            finally:
-                copy.close()
-            os.replace(part, backup)
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
-
-    @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction. Raises StoreError when it cannot be kept; nothing was changed then."""
-        with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-            except sqlite3.Error as error:
-                self._roll_back()
-                raise StoreError(
-                    f"Your answer could not be kept ({error}). Check the free space of the disk, then answer again.",
-                    f"作答未能保存（{error}）。请检查磁盘空间后重试。",
-                ) from error
-            except BaseException:
-                self._roll_back()
-                raise
-
-    def _roll_back(self) -> None:
-        with suppress(sqlite3.Error):
-            self._db.execute("ROLLBACK")
-
-    def _touch(self, table: str, *key: Any) -> None:
-        """A row was written; only a store in memory, which somebody else keeps, remembers that."""
-        if self.path is None:
-            self._changed.setdefault(table, set()).add(key)
-
-    def take_changes(self) -> dict[str, Any]:
-        """What happened to a store in memory since the last call: {"store": its name, "rows": by table, as an export has
-        them, "gone": ids of sittings that were dropped, "columns", "keys"}; {"store"} alone for nothing."""
-        with self._lock:
-            changed, gone, self._changed, self._gone = self._changed, self._gone, {}, []
-            rows = {table: [row for key in keys for row in self._row(table, key)] for table, keys in changed.items()}
-        if not rows and not gone:
-            return {"store": self.name}
-        return {"store": self.name, "rows": rows, "gone": gone, "columns": TABLES, "keys": KEYS}
-
-    def _row(self, table: str, key: Sequence[Any]) -> list[tuple[Any, ...]]:
-        where = " AND ".join(f"{name}=?" for name in KEYS[table])
-        return self.rows(f"SELECT {', '.join(TABLES[table])} FROM {table} WHERE {where}", key)
-
-    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """The rows of a question to the database."""
-        with self._lock:
-            return self._db.execute(sql, values).fetchall()
+        super().__init__(path, SCHEMA, now)
 
     # -- sittings ------------------------------------------------------------------------------------------------
 
@@ -294,7 +157,7 @@ class Store:
             ],
         ).rowcount
         if not known:
-            db.execute(_insert("sittings"), list(values.values()))
+            db.execute(self.insert("sittings"), list(values.values()))
         self._touch("sittings", sitting.id)
         for place in changed:
             self._touch("responses", sitting.id, place)
@@ -326,7 +189,7 @@ class Store:
         seen = db.execute("SELECT 1 FROM tally WHERE key=?", [q.key]).fetchone() is not None
         values += [response.confidence, sitting.kind, sitting.id, q.type, q.lang]
         values += [tag_of(q, "subject"), tag_of(q, "difficulty"), seen]
-        db.execute(_insert("answers", "OR IGNORE "), values)
+        db.execute(self.insert("answers", "OR IGNORE "), values)
         self._touch("answers", sitting.id, q.key, now)
         if place not in sitting.responses:
             return  # never looked at, the time was over: nothing to repeat
@@ -381,10 +244,11 @@ class Store:
     def drop_sitting(self, name: str) -> None:
         """Forgets an unfinished sitting; what was graded stays."""
         with self._write() as db:
+            for (place,) in db.execute("SELECT place FROM responses WHERE sitting=?", [name]).fetchall():
+                self._touch("responses", name, place)
+            self._touch("sittings", name)
             db.execute("DELETE FROM responses WHERE sitting=?", [name])
             db.execute("DELETE FROM sittings WHERE id=?", [name])
-            if self.path is None:
-                self._gone.append(name)
 
     # -- marks and lists -----------------------------------------------------------------------------------------
 
@@ -434,79 +298,6 @@ class Store:
         found = self.rows("SELECT key, right, wrong FROM tally")
         return {key: (wrong + 1) / (right + wrong + 2) for key, right, wrong in found}
 
-    # -- everything as one file ----------------------------------------------------------------------------------
-
     def export(self) -> dict[str, Any]:
-        """All progress, JSON-ready; `restore` takes it back."""
-        with self._lock:
-            tables = {
-                name: [list(row) for row in self._db.execute(f"SELECT {', '.join(columns)} FROM {name}")]
-                for name, columns in TABLES.items()
-            }
-        return {"ming_progress": len(MIGRATIONS), "columns": {n: list(c) for n, c in TABLES.items()}, **tables}
-
-    def wipe(self) -> None:
-        """Deletes everything, backup and files set aside included."""
-        with self._write() as db:
-            for name in TABLES:
-                db.execute(f"DELETE FROM {name}")
-        with self._lock, suppress(sqlite3.Error):
-            self._db.execute("VACUUM")
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        if self.path is not None:
-            for old in (self._backup_path, *self.path.parent.glob(f"{self.path.stem}.damaged-*")):
-                if old is not None:
-                    old.unlink(missing_ok=True)
-
-    def put_tables(self, tables: Mapping[str, Sequence[Sequence[Any]]]) -> int:
-        """Adds checked rows of an export (see progress_file.py); rows that are there already stay. How many are new."""
-        added = 0
-        for name, rows in tables.items():
-            at = [TABLES[name].index(column) for column in KEYS[name]]
-            for row in rows:
-                self._touch(name, *(row[i] for i in at))
-        with self._write() as db:
-            for name, rows in tables.items():
-                before = db.total_changes
-                db.executemany(_insert(name, "OR IGNORE "), rows)
-                added += db.total_changes - before
-        return added
-
-
-def _insert(table: str, how: str = "") -> str:
-    columns = TABLES[table]
-    return f"INSERT {how}INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-
-
-def _connected(path: Path | str) -> sqlite3.Connection:
-    """Opened, checked and brought up to date. Raises sqlite3.DatabaseError for a damaged file, or one of the future."""
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-    try:
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute("PRAGMA synchronous=FULL")
-        if db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
-            damaged = sqlite3.DatabaseError("the file is damaged")
-            damaged.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-            raise damaged
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise StoreError(
-                "The file of your progress was written by a newer version of this app. Update the app, or set MING_DATA_DIR to another folder.",
-                "学习进度文件由更新版本的程序写入。请更新本程序，或将 MING_DATA_DIR 指向其他文件夹。",
-            )
-        if version < len(MIGRATIONS):
-            db.execute("BEGIN IMMEDIATE")  # another process may be about to do the same
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            for migrate in MIGRATIONS[version:]:
-                migrate(db)
-            db.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
-            db.execute("COMMIT")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def dumps(progress: Mapping[str, Any]) -> str:
-    """An export as text, as small as JSON gets."""
-    return json.dumps(progress, ensure_ascii=False, separators=(",", ":"))
+        """All progress, JSON-ready; progress_file.py takes it back."""
+        return {"ming_progress": len(SCHEMA.migrations), **self.dump()}

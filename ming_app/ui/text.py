@@ -103,8 +103,8 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "zh": "对话已超出上下文长度：本次回答未包含最早的 {n} 条消息。",
     },
     "notice.length": {
-        "en": "The answer was cut at {n} tokens. Raise “Longest answer” in the settings, or ask to continue.",
-        "zh": "回答在 {n} 个词元处被截断。可在设置中调高“回答长度上限”，或请模型继续。",
+        "en": "The answer was cut at {n} tokens. Press “Continue”, or raise “Longest answer” in the settings.",
+        "zh": "回答在 {n} 个词元处被截断。可点击“继续”，或在设置中调高“回答长度上限”。",
     },
     "notice.deadline": {
         "en": "The answer was cut because it took longer than allowed ({n} tokens were written).",
@@ -114,8 +114,13 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "en": "The model ended its answer without a word. Answer again, or put the question differently.",
         "zh": "模型没有给出内容就结束了。请重新回答，或换一种问法。",
     },
+    "notice.loop": {
+        "en": "The model began to repeat itself; the answer was ended there.",
+        "zh": "模型开始重复内容，回答已在此结束。",
+    },
     # -- refusals ------------------------------------------------------------------------------------------------
     "refuse.empty": {"en": "Please write a question first.", "zh": "请先输入问题。"},
+    "refuse.nothing_to_continue": {"en": "There is no answer to continue.", "zh": "没有可以继续的回答。"},
     "refuse.loading": {
         "en": "The model is still loading. Your question stays in the box; send it when the model is ready.",
         "zh": "模型仍在加载。您的问题已保留在输入框中，就绪后即可发送。",

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from fsrs import Card, Rating, Scheduler
 
+from ming_app.database import StoreError
 from ming_app.errors import UsageError
 from ming_app.exam import schedule
 from ming_app.exam.desk import Choice, Desk
 from ming_app.exam.progress_file import read_progress, write_progress
 from ming_app.exam.sitting import SittingError
-from ming_app.exam.store import MIGRATIONS, Store, StoreError
+from ming_app.exam.store import SCHEMA, Store
 from tests.exam.conftest import Clock, mixed, question
 
 DAY = 86_400.0
@@ -252,7 +253,7 @@ def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "progress.sqlite"
     Store(path).close()
     db = sqlite3.connect(path)
-    db.execute(f"PRAGMA user_version={len(MIGRATIONS) + 1}")
+    db.execute(f"PRAGMA user_version={len(SCHEMA.migrations) + 1}")
     db.commit()
     db.close()
     with pytest.raises(StoreError, match="newer version"):

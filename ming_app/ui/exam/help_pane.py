@@ -12,6 +12,7 @@ import gradio as gr
 
 from ming_app.case_view import case_html, case_page, study
 from ming_app.engine.types import SamplingParams
+from ming_app.conversation.tree import Conversation, Turn
 from ming_app.errors import MingError, PromptTooLongError, StoppedError
 from ming_app.exam.bank import letters_shown
 from ming_app.exam.candidate import Attempt, attempt
@@ -19,7 +20,7 @@ from ming_app.exam.question import LETTERS
 from ming_app.exam.sitting import Sitting
 from ming_app.ui import chat, experts, render
 from ming_app.ui.bilingual import labelled, valued
-from ming_app.ui.chat import Session, Turn
+from ming_app.ui.chat import Session
 from ming_app.ui.exam import pages, payload, tutor
 from ming_app.ui.exam.room import Room
 from ming_app.ui.handlers import DEADLINE, QUEUED, QUIET, Updates
@@ -323,7 +324,8 @@ class HelpPane:
         )
         chat.clear(session)
         if answered and helper is not None:
-            session.turns = [Turn("user", text), helper.turns[-1]]
+            session.talk = Conversation.of([Turn("user", text), helper.turns[-1]])
+            chat.keep(session, *session.turns)
             session.trace, session.payload = helper.trace, helper.payload
         else:
             session.returned = text

@@ -22,7 +22,6 @@
   };
   const forget = (rows, ids) => {
     const gone = new Set(ids);
-    if (!gone.size) return;
     for (const id of gone) delete rows.sittings?.[id];
     for (const key of Object.keys(rows.responses || {})) if (gone.has(key.split("|")[0])) delete rows.responses[key];
   };
@@ -44,7 +43,7 @@
       const own = (found.rows[table] ??= {}), at = changes.keys[table].map((name) => changes.columns[table].indexOf(name));
       for (const row of rows) own[at.map((i) => row[i]).join("|")] = row;
     }
-    forget(found.rows, changes.gone);
+    for (const [table, keys] of Object.entries(changes.gone)) for (const key of keys) delete found.rows[table]?.[key.join("|")];
     prune(found.rows, found.columns);
     try { localStorage.setItem(STORE, JSON.stringify(found)); } catch {
       // full, or a private window: said where it cannot be missed

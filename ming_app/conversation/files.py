@@ -1,0 +1,209 @@
+"""Conversations as files: Markdown and printable HTML for people, JSON to be read back. Each carries the AI label.
+
+A JSON file that comes in is hostile: size, shape, kinds and lengths are checked, the tree too, ids are given anew; what
+breaks a rule refuses the file with a reason. Nothing in it is ever shown as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from ming_app import __version__
+from ming_app.conversation.tree import MAX_TITLE, MODES, RATINGS, Conversation, Turn, new_id, whole
+from ming_app.database import StoreError
+from ming_app.safety.notices import AI_LABEL
+
+MAX_BYTES = 5 << 20
+MAX_CONVERSATIONS = 500
+MAX_TURNS = 2_000
+MAX_TEXT = 60_000
+FORMAT = 1
+LABEL = {
+    "ai_generated": True,
+    "label": {"zh": AI_LABEL["zh"], "en": AI_LABEL["en"]},
+    "producer": f"ming-app {__version__}",
+}
+ROLE = {"en": {"user": "You", "assistant": "MING-MOE (AI)"}, "zh": {"user": "我", "assistant": "MING-MOE（人工智能）"}}
+FAR = 4_102_444_800.0  # 2100-01-01
+
+
+def _when(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(at))
+
+
+def to_json(talks: Sequence[Conversation]) -> bytes:
+    """Every branch of the conversations; `from_json` reads it."""
+    values = [
+        {
+            "id": talk.id,
+            "title": talk.title,
+            "created": talk.created,
+            "updated": talk.updated,
+            "pinned": talk.pinned,
+            "mode": talk.mode,
+            "preset": talk.preset,
+            "system": talk.system,
+            "summary": talk.summary,
+            "leaf": talk.leaf,
+            "turns": [
+                {
+                    "id": turn.id,
+                    "parent": turn.parent,
+                    "role": turn.role,
+                    "text": turn.text,
+                    "reason": turn.reason,
+                    "at": turn.at,
+                    "model": turn.model,
+                    "rating": turn.rating,
+                    "comment": turn.comment,
+                    **({"ai_generated": True} if turn.role == "assistant" else {}),
+                }
+                for turn in talk.nodes.values()
+            ],
+        }
+        for talk in talks
+    ]
+    made = {"ming_conversations": FORMAT, "metadata": LABEL, "conversations": values}
+    return json.dumps(made, ensure_ascii=False, indent=1).encode()
+
+
+def to_markdown(talk: Conversation, lang: str) -> str:
+    """The path in view. Fenced so that no text of it can pass for a heading."""
+    lines = [f"# {_plain_line(talk.title)}", "", f"> {AI_LABEL[lang]}", ""]
+    for turn in talk.path:
+        lines += [f"## {ROLE[lang][turn.role]} · {_when(turn.at)}", "", turn.text.rstrip(), ""]
+    if talk.summary:
+        lines += ["## Summary" if lang == "en" else "## 摘要", "", talk.summary.rstrip(), ""]
+    lines += [
+        "---",
+        f"{AI_LABEL[lang]} ming-app {__version__}",
+        f"<!-- AIGC: {json.dumps(LABEL, ensure_ascii=False)} -->",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def to_html(talk: Conversation, lang: str) -> str:
+    """A page to print: the path in view, everything escaped, no script, nothing from elsewhere."""
+    parts = [
+        f'<section class="{escape(turn.role)}"><h2>{escape(ROLE[lang][turn.role])} <small>{_when(turn.at)}</small></h2>'
+        f"<p>{escape(turn.text)}</p></section>"
+        for turn in talk.path
+    ]
+    if talk.summary:
+        title = "Summary" if lang == "en" else "摘要"
+        parts.append(f"<section><h2>{title}</h2><p>{escape(talk.summary)}</p></section>")
+    label = escape(AI_LABEL[lang])
+    return (
+        f'<!doctype html><html lang="{"zh-CN" if lang == "zh" else "en"}"><head><meta charset="utf-8">'
+        f'<meta name="generator" content="ming-app {__version__}"><meta name="ai-generated" content="true">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(talk.title)}</title><style>{_STYLE}</style></head><body><h1>{escape(talk.title)}</h1>"
+        f'<p class="label">{label}</p>{"".join(parts)}<footer>{label}</footer></body></html>'
+    )
+
+
+_STYLE = (
+    "body{font:16px/1.6 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#16201f}"
+    "p{white-space:pre-wrap;overflow-wrap:anywhere}h2{font-size:1rem;margin:1.4rem 0 .2rem}small{font-weight:400;color:#56635f}"
+    ".assistant{border-left:3px solid #0c6b6b;padding-left:.8rem}.label,footer{background:#fff4d6;padding:.4rem .7rem;"
+    "border-radius:6px;font-size:.9rem}@media print{body{margin:0}section{break-inside:avoid-page}}"
+)
+
+
+def _plain_line(text: str) -> str:
+    return " ".join(text.split()).lstrip("#> ") or "…"
+
+
+def from_json(data: bytes) -> list[Conversation]:
+    """The conversations of an export, with new ids. Raises StoreError with the reason for a file that is none of ours."""
+    if len(data) > MAX_BYTES:
+        raise _foreign(f"more than {MAX_BYTES >> 20} MiB", f"超过 {MAX_BYTES >> 20} MiB")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        raise _foreign("not JSON", "不是 JSON") from None
+    version = values.get("ming_conversations") if isinstance(values, dict) else None
+    if not isinstance(version, int):
+        raise _foreign("not an export of this app", "不是本程序的导出文件")
+    if version > FORMAT:
+        raise StoreError(
+            "The file was written by a newer version of this app. Update the app first.",
+            "该文件由更新版本的程序导出，请先更新本程序。",
+        )
+    found = values.get("conversations")
+    if not isinstance(found, list) or len(found) > MAX_CONVERSATIONS:
+        raise _foreign("the list of conversations is damaged", "对话列表已损坏")
+    return [_conversation(value, at) for at, value in enumerate(found, 1)]
+
+
+def _conversation(value: Any, at: int) -> Conversation:
+    where = f"conversation {at}", f"第 {at} 个对话"
+    if not isinstance(value, dict) or not isinstance(value.get("turns"), list) or len(value["turns"]) > MAX_TURNS:
+        raise _foreign(f"{where[0]} is damaged", f"{where[1]}已损坏")
+    turns = [_turn(turn, where) for turn in value["turns"]]
+    if not whole(turns):
+        raise _foreign(f"the turns of {where[0]} form no tree", f"{where[1]}的消息结构无效")
+    ids = {"": "", **{turn.id: new_id() for turn in turns}}
+    leaf = value.get("leaf")
+    made = Conversation(
+        title=" ".join(_text(value.get("title"), MAX_TEXT).split())[:MAX_TITLE],
+        created=_time(value.get("created")),
+        updated=_time(value.get("updated")),
+        pinned=value.get("pinned") is True,
+        mode=value["mode"] if value.get("mode") in MODES else "chat",
+        preset=_text(value.get("preset"), 40),
+        system=_text(value.get("system"), MAX_TEXT),
+        summary=_text(value.get("summary"), MAX_TEXT),
+    )
+    for turn in turns:
+        turn.id, turn.parent = ids[turn.id], ids[turn.parent]
+        made.nodes[turn.id] = turn
+    known = ids.get(leaf, "") if isinstance(leaf, str) else ""
+    made.leaf = known or (max(turns, key=lambda turn: turn.at).id if turns else "")
+    return made
+
+
+def _turn(value: Any, where: tuple[str, str]) -> Turn:
+    if not isinstance(value, dict) or value.get("role") not in ("user", "assistant"):
+        raise _foreign(f"{where[0]} has a turn that is none", f"{where[1]}含有无效的消息")
+    text, name, parent = value.get("text"), value.get("id"), value.get("parent")
+    if not isinstance(text, str) or len(text) > MAX_TEXT or not isinstance(name, str) or not 0 < len(name) <= 64:
+        raise _foreign(f"{where[0]} has a turn that is none", f"{where[1]}含有无效的消息")
+    rating = value.get("rating")
+    return Turn(
+        value["role"],
+        _clean(text),
+        reason=_text(value.get("reason"), 20),
+        id=name,
+        parent=parent if isinstance(parent, str) else "",
+        at=_time(value.get("at")),
+        model=_text(value.get("model"), 100),
+        rating=rating if rating in RATINGS and not isinstance(rating, bool) else 0,
+        comment=_text(value.get("comment"), 500),
+    )
+
+
+def _clean(text: str) -> str:
+    """No lone surrogates and no control characters but line breaks and tabs."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(sign for sign in text if sign in "\n\t" or ord(sign) >= 32 and ord(sign) != 127)
+
+
+def _text(value: Any, most: int) -> str:
+    return _clean(value)[:most] if isinstance(value, str) else ""
+
+
+def _time(value: Any) -> float:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < FAR
+    return float(value) if good else time.time()
+
+
+def _foreign(en: str, zh: str) -> StoreError:
+    return StoreError(f"This file cannot be imported as conversations: {en}.", f"无法作为对话导入：{zh}。")

@@ -1,0 +1,68 @@
+"""What the page, the command line and every export say about safety: the banner of a red flag, notes beside an answer,
+the AI label. Texts are data (rules/actions.toml, rules/output.toml)."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ming_app.safety.red_flags import Assessment
+from ming_app.safety.rules import FOLDER
+
+AI_LABEL: Mapping[str, str] = {
+    "en": "AI-generated; may be wrong; not medical advice.",
+    "zh": "内容由人工智能生成，可能有误，不能替代医生诊疗。",
+}
+
+
+@dataclass(frozen=True)
+class Banner:
+    """`title`: what it may be. `action`: what to do and whom to call."""
+
+    category: str
+    title: str
+    action: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.title} {self.action}"
+
+
+@lru_cache(maxsize=1)
+def _actions() -> dict[str, Any]:
+    return tomllib.loads((FOLDER / "actions.toml").read_text(encoding="utf-8"))
+
+
+def banner(category: str, lang: str, region: str = "auto") -> Banner:
+    """What to do about a red flag of `category`, in `lang` ("zh" or "en"), with the numbers of `region`."""
+    table = _actions()
+    entry = table.get(category, table["other"])
+    numbers = table["numbers"][("cn" if lang == "zh" else "world") if region == "auto" else region]
+    known = {name: value for name, value in numbers.items() if not name.endswith("_en")}
+    if lang == "en":
+        known |= {"line": numbers.get("line_en", numbers["line"])}
+        known = {name: value.strip() for name, value in known.items()}
+    return Banner(category, entry[f"title_{lang}"], entry[f"do_{lang}"].format(**known))
+
+
+def assessed(found: Assessment, lang: str = "", region: str = "auto") -> Banner | None:
+    """The banner of an assessment; None where nothing was found."""
+    return banner(found.category, lang or found.lang, region) if found.flags else None
+
+
+def triage(text: str, region: str = "auto", lang: str = "") -> dict[str, Any]:
+    """The object of the command `triage`: {"red_flag", "category", "lang", "matched", "message"}."""
+    from ming_app.safety.red_flags import assess
+
+    found = assess([text])
+    shown = assessed(found, lang, region)
+    return {
+        "red_flag": shown is not None,
+        "category": found.category,
+        "lang": found.lang,
+        "matched": [word for flag in found.flags for word in flag.matched],
+        "message": shown.text if shown is not None else "",
+    }
