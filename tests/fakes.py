@@ -25,6 +25,11 @@ Script = str | Callable[[Sequence[Message]], str]
 DEFAULT_ANSWER = "Drink water and rest. 多喝水，注意休息。💧"
 
 
+def long_text(words: int) -> str:
+    """So many words, no two alike: an answer that goes on without repeating itself."""
+    return "".join(f"word{i} " for i in range(words))
+
+
 def split_pieces(text: str) -> list[str]:
     """Whole-character pieces: a word with its leading spaces, or one character of anything else."""
     return re.findall(r"[ \t]*[A-Za-z0-9]+|\s|.", text, re.DOTALL)

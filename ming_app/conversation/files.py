@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from html import escape
 from typing import Any
 
@@ -30,6 +32,7 @@ LABEL = {
 }
 ROLE = {"en": {"user": "You", "assistant": "MING-MOE (AI)"}, "zh": {"user": "我", "assistant": "MING-MOE（人工智能）"}}
 FAR = 4_102_444_800.0  # 2100-01-01
+_ID = re.compile("[0-9a-f]{8,32}")
 
 
 def _when(at: float) -> str:
@@ -117,6 +120,17 @@ _STYLE = (
 )
 
 
+FILES = {"markdown": "md", "html": "html", "json": "json"}
+"""kind of file -> its ending"""
+
+
+def to_file(kind: str, talks: Sequence[Conversation], lang: str) -> bytes:
+    """Conversations as a file of `kind`; Markdown and HTML hold the first one."""
+    if kind == "json":
+        return to_json(talks)
+    return (to_markdown if kind == "markdown" else to_html)(talks[0], lang).encode()
+
+
 def _plain_line(text: str) -> str:
     return " ".join(text.split()).lstrip("#> ") or "…"
 
@@ -143,16 +157,45 @@ def from_json(data: bytes) -> list[Conversation]:
     return [_conversation(value, at) for at, value in enumerate(found, 1)]
 
 
-def _conversation(value: Any, at: int) -> Conversation:
+def from_rows(tables: Any) -> list[Conversation]:
+    """The conversations that a browser kept as rows (database.py), with their own ids; what breaks a rule is left out."""
+    if not isinstance(tables, dict):
+        return []
+
+    def dicts(name: str) -> list[dict[str, Any]]:
+        columns, rows = tables.get("columns"), tables.get(name)
+        names = columns.get(name) if isinstance(columns, dict) else None
+        if not isinstance(names, list) or not isinstance(rows, list):
+            return []
+        return [dict(zip(names, row, strict=False)) for row in rows[: MAX_CONVERSATIONS * 50] if isinstance(row, list)]
+
+    turns: dict[str, list[dict[str, Any]]] = {}
+    for turn in dicts("turns"):
+        turns.setdefault(str(turn.get("conversation")), []).append(turn)
+    found = []
+    for value in dicts("conversations")[:MAX_CONVERSATIONS]:
+        name = value.get("id")
+        if isinstance(name, str) and _ID.fullmatch(name):
+            with suppress(StoreError):
+                value["pinned"] = value.get("pinned") == 1
+                found.append(_conversation({**value, "turns": turns.get(name, [])}, 1, name))
+    return found
+
+
+def _conversation(value: Any, at: int, name: str = "") -> Conversation:
+    """`name`: its own id, and then those of its turns stay too."""
     where = f"conversation {at}", f"第 {at} 个对话"
     if not isinstance(value, dict) or not isinstance(value.get("turns"), list) or len(value["turns"]) > MAX_TURNS:
         raise _foreign(f"{where[0]} is damaged", f"{where[1]}已损坏")
     turns = [_turn(turn, where) for turn in value["turns"]]
     if not whole(turns):
         raise _foreign(f"the turns of {where[0]} form no tree", f"{where[1]}的消息结构无效")
-    ids = {"": "", **{turn.id: new_id() for turn in turns}}
+    if name and not all(_ID.fullmatch(turn.id) for turn in turns):
+        raise _foreign("its ids are none", "标识无效")
+    ids = {"": "", **{turn.id: turn.id if name else new_id() for turn in turns}}
     leaf = value.get("leaf")
     made = Conversation(
+        id=name or new_id(),
         title=" ".join(_text(value.get("title"), MAX_TEXT).split())[:MAX_TITLE],
         created=_time(value.get("created")),
         updated=_time(value.get("updated")),

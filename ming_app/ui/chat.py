@@ -86,10 +86,16 @@ class Session:
     talk: Conversation = field(default_factory=Conversation)
     store: ConversationStore | None = None
     """where conversations are kept; None for one that nobody keeps"""
+    preset: str = ""
+    """name of the system prompt that new conversations begin with"""
+    own: str = ""
+    """the person's own"""
+    search: str = ""
+    """what the list of conversations is searched for"""
     incognito: bool = False
     """what is said now is kept nowhere"""
     starting: str = ""
-    """words the next answer is to begin with"""
+    """words that answers are to begin with"""
     continuing: bool = False
     """the last answer is to be gone on with"""
     run: Run | None = None
@@ -203,8 +209,12 @@ def stop(session: Session, timeout: float = 10.0) -> None:
 def clear(session: Session) -> None:
     """Begins a new conversation. Language, account, the exam room and where conversations are kept stay."""
     stop(session)
-    kept = {name: getattr(session, name) for name in ("lang", "east", "account", "exam", "store", "incognito")}
-    session.__dict__.update(vars(Session(**kept)))
+    kept = {
+        name: getattr(session, name)
+        for name in ("lang", "east", "account", "exam", "store", "incognito", "starting", "preset", "own", "search")
+    }
+    talk = Conversation(preset=session.preset, system=session.own)
+    session.__dict__.update(vars(Session(**kept, talk=talk)))
 
 
 def open_talk(session: Session, talk: Conversation) -> None:
@@ -299,7 +309,7 @@ def answer(
     finally:
         pump.close()
         session.run = None
-        session.continuing, session.starting = False, ""
+        session.continuing = False
         keep(session, *writer.written)
         run.done.set()
 
@@ -373,7 +383,11 @@ class _Writer:
         self.key = uuid.uuid4().hex[:12]
         self.live: LivePayload | None = None
         going_on = session.continuing
-        self.turn = session.turns[-1] if going_on else Turn("assistant", session.starting)
+        self.turn = (
+            session.turns[-1]
+            if going_on
+            else Turn("assistant", session.starting if session.talk.mode == "chat" else "")
+        )
         self.raw = self.turn.text
         self.added = going_on
         self.looped = False

@@ -6,6 +6,7 @@ gr.Error ends the chain of events. `answer` streams; however it ends, the engine
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import fields
@@ -13,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 
+from ming_app.conversation.presets import MAX_SYSTEM, OWN, system_of
 from ming_app.engine.types import EngineInfo, SamplingParams
 from ming_app.errors import MingError
 from ming_app.settings import Settings
@@ -21,6 +23,7 @@ from ming_app.ui.bilingual import Bilingual
 from ming_app.ui.chat import Session
 from ming_app.ui.files import TempFolder
 from ming_app.ui.loader import EngineLoader
+from ming_app.ui.talks import Talks, begin_consultation
 from ming_app.ui.text import refusal, t
 
 Updates = dict[Any, Any]
@@ -48,6 +51,7 @@ class Handlers:
         self.sampling: list[str] = []
         self.queued: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.files = TempFolder()
+        self.talks = Talks(settings, self.files)
 
     @property
     def info(self) -> EngineInfo | None:
@@ -59,13 +63,30 @@ class Handlers:
         return t(lang, "app.watermark", model=self.info.title if self.info else "MING-MOE")
 
     def show(self, session: Session) -> list[Any]:
-        """Updates for everything that shows the session; a returned question goes back into the box."""
+        """Updates for everything that shows the session (ChatTab.page); a returned question goes back into the box."""
         box = gr.skip()
         if session.returned is not None:
             box, session.returned = gr.update(value=session.returned), None
         busy = session.run is not None or session.status.key == "status.queued"
-        buttons = [gr.update(visible=not busy), gr.update(visible=busy)]
-        return [*self._view(session), box, *buttons]
+        turns = session.turns
+        can_go_on = not busy and bool(turns) and turns[-1].role == "assistant" and session.talk.mode == "chat"
+        summary = session.talk.summary if session.talk.mode == "consult" else ""
+        messages, *rest = self._view(session)
+        return [
+            gr.update(value=messages, feedback_value=render.ratings(session)),
+            *rest,
+            box,
+            gr.update(visible=not busy),
+            gr.update(visible=busy),
+            render.alert_banner(session, self.settings.region),
+            render.marks(session),
+            gr.update(visible=can_go_on and bool(turns[-1].text.strip())),
+            gr.update(value=session.talk.mode),
+            gr.update(visible=bool(summary) and not busy),
+            summary,
+            self.talks.payload(session),
+            self.talks.kept(session),
+        ]
 
     def _view(self, session: Session) -> list[Any]:
         return [
@@ -119,21 +140,94 @@ class Handlers:
         """Streams the answer to the waiting question. The engine is freed however this generator ends."""
         if not session.question_waits:
             return
-        same = [gr.skip()] * 3  # the box and the buttons
+        same = [gr.skip()] * 3, [gr.skip()] * 7  # the box and the buttons; all that an answer does not change
         try:
             params = sampling_params(dict(zip(self.sampling, sampling, strict=True)))
         except MingError as error:
             chat.refuse(session, error)
-            yield [*self._view(session), *same]
+            yield self._streamed(session, same)
             return
-        with closing(chat.answer(self.loader.state.engine, session, params)) as steps:
+        system = system_of(session.talk, session.lang)
+        with closing(chat.answer(self.loader.state.engine, session, params, system=system)) as steps:
             for _ in steps:
-                yield [*self._view(session), *same]
+                yield self._streamed(session, same)
+
+    def _streamed(self, session: Session, same: tuple[list[Any], list[Any]]) -> list[Any]:
+        """What changes while an answer is written; the warning stands first and stays."""
+        return [*self._view(session), *same[0], render.alert_banner(session, self.settings.region), *same[1]]
 
     def settle(self, session: Session) -> list[Any]:
         """After an answer, or after one that never began (its place in the queue was lost): the box gets it back."""
         if session.question_waits:
             chat.stop(session)
+        return self.show(session)
+
+    def go_on(self, session: Session) -> list[Any]:
+        """The last answer is to be continued."""
+        return self._admit(session, lambda: chat.go_on(session))
+
+    def explain(self, session: Session, summary: str) -> list[Any]:
+        """The explanation of a consultation, over the summary as the person left it."""
+        return self._admit(session, lambda: chat.explain(session, summary or ""))
+
+    def choose_mode(self, session: Session, mode: str) -> None:
+        begin_consultation(session, mode == "consult")
+
+    def tell(self, session: Session, system: str, own: str, starting: str) -> Any:
+        """What the model is told first, and the words its answers begin with."""
+        session.talk.preset, session.talk.system = str(system or "")[:40], (own or "")[:MAX_SYSTEM]
+        session.preset, session.own = session.talk.preset, session.talk.system
+        session.starting = (starting or "")[:200]
+        return gr.update(visible=system == OWN)
+
+    def act(self, session: Session, event: gr.EventData) -> list[Any]:
+        """One event of the list of conversations."""
+        file = None
+        try:
+            file = self.talks.act(session, event.value)
+        except MingError as error:
+            session.error = error
+        return [*self.show(session), gr.update(value=file)]
+
+    def load_file(self, session: Session, path: str | None) -> list[Any]:
+        """Conversations from an exported file."""
+        try:
+            if path:
+                session.error = None
+                session.notices = (chat.Note("talk.imported", {"n": self.talks.load_file(session, path)}),)
+        except MingError as error:
+            session.error = error
+        return self.show(session)
+
+    def show_branch(self, session: Session, asked: str) -> list[Any]:
+        """Another version of a message; `asked`: [index, step] as JSON."""
+        try:
+            index, step = json.loads(asked or "")
+            if isinstance(index, int) and step in (-1, 1):
+                chat.show_branch(session, index, step)
+        except MingError as error:
+            session.error = error
+        except (ValueError, TypeError):
+            pass  # not what our page sends
+        return self.show(session)
+
+    def rate(self, session: Session, event: gr.LikeData) -> list[Any]:
+        """Feedback on an answer: liked, not liked, or the reason why not."""
+        liked = event.liked
+        reason = "" if isinstance(liked, bool) or liked is None else str(liked)[:60]
+        rating = 0 if liked is None or liked == "" else 1 if liked is True or liked == "Like" else -1
+        chat.rate(session, _index(event.index), rating, "" if reason in ("Like", "Dislike") else reason)
+        return self.show(session)
+
+    def save_note(self, session: Session, summary: str) -> Any:
+        """The summary of a consultation as a file."""
+        session.talk.summary = (summary or session.talk.summary)[: chat.MAX_CHARS]
+        chat.keep(session)
+        return gr.update(value=self.talks.act(session, json.dumps({"do": "export", "value": "note"})))
+
+    def restore(self, session: Session, kept: str, last: str) -> list[Any]:
+        """A page was opened, and it is known who opened it: their conversations, and the one that was in view."""
+        self.talks.restore(session, kept or "", last or "")
         return self.show(session)
 
     def save(self, kind: str) -> Callable[[Session], Any]:

@@ -10,6 +10,8 @@ from html import escape
 from ming_app.engine.types import EngineInfo
 from ming_app.errors import MingError
 from ming_app.models.progress import Progress
+from ming_app.safety.notices import assessed, banner
+from ming_app.safety.output import note_text
 from ming_app.ui.assets import read
 from ming_app.ui.chat import MAX_CHARS, Meter, Note, Session, Turn
 from ming_app.ui.loader import LoadState
@@ -33,6 +35,38 @@ def restore(text: str) -> str:
 def messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
     """Chatbot messages, one per turn in the same order."""
     return [{"role": turn.role, "content": inert(turn.text) or "…"} for turn in turns]
+
+
+def ratings(session: Session) -> list[str | None]:
+    """What the person said of each answer, as the Chatbot shows it."""
+    signs = {1: "Like", -1: "Dislike", 0: None}
+    return [turn.comment or signs[turn.rating] for turn in session.turns if turn.role == "assistant"]
+
+
+def alert_banner(session: Session, region: str) -> str:
+    """The warning of an emergency, above everything the model writes; empty where there is none."""
+    lang = session.lang
+    shown = assessed(session.danger, lang, region)
+    if shown is None and session.urged:
+        shown = banner("other", lang, region)
+    if shown is None:
+        return ""
+    return (
+        f'<div class="m-alarm" role="alert"><h2>⚠ {escape(shown.title)}</h2><p>{escape(shown.action)}</p>'
+        f'<p class="m-alarm-more">{escape(t(lang, "alert.more"))}</p></div>'
+    )
+
+
+def marks(session: Session) -> str:
+    """A hidden element from which page.js draws what stands beside the messages: branches, and notes of the checks."""
+    lang, found = session.lang, []
+    for index, turn in enumerate(session.turns):
+        beside = session.talk.branches(turn)
+        notes = [note_text(note.check, lang) for note in session.checks.get(turn.id, ())]
+        if len(beside) > 1 or notes:
+            found.append({"i": index, "n": len(beside), "at": beside.index(turn) + 1, "notes": notes})
+    data = json.dumps(found, ensure_ascii=False)
+    return f'<span id="ming-marks-data" hidden data-marks="{escape(data)}"></span>'
 
 
 def brand(lang: str) -> str:
@@ -165,6 +199,9 @@ def browser_words(lang: str) -> str:
         "user": t(lang, "chat.input_label"),
         "bot": t(lang, "chat.answer_label"),
         "full": t(lang, "exam.data_full"),
+        "branch": t(lang, "talk.branch", i="{i}", n="{n}"),
+        "branch_back": t(lang, "talk.branch_back"),
+        "branch_on": t(lang, "talk.branch_on"),
         "forgotten": t(lang, "exam.data_forgotten"),
         "sure": {key: t(lang, f"exam.sure_{key}") for key in ("chat", "discard", "remove")},
     }

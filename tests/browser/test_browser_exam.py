@@ -316,7 +316,7 @@ def test_old_sittings_leave_the_browser_and_their_figures_stay(serve: Any, visit
           const rows = { sittings: [], responses: [], tally: [["k"]] };
           for (let i = 0; i < 100; i++) { rows.sittings.push([`s${i}`, i < 99 ? i : null]); rows.responses.push([`s${i}`, 0]); }
           const keys = { sittings: ["id"], responses: ["sitting", "place"], tally: ["key"] };
-          ming.keepProgress(JSON.stringify({ store: ming.store, columns, rows, keys, gone: {} }));
+          ming.keep("exam", JSON.stringify({ store: ming.storeOf("exam"), columns, rows, keys, gone: {} }));
           const kept = JSON.parse(localStorage.getItem("ming.exam")).rows;
           return [Object.keys(kept.sittings), Object.keys(kept.responses).length, Object.keys(kept.tally).length];
         }"""

@@ -13,6 +13,7 @@ from ming_app.models.progress import Progress
 from ming_app.settings import Settings
 from ming_app.ui.loader import EngineLoader
 from tests.browser.conftest import ANSWER, engine
+from tests.fakes import long_text
 
 pytestmark = pytest.mark.browser
 
@@ -75,7 +76,7 @@ def test_ask_watch_it_stream_and_look_at_a_token(serve: Any, visit: Any) -> None
 
 
 def test_stop_by_button_and_by_escape(serve: Any, visit: Any) -> None:
-    fake = engine("word " * 4000, delay=0.02)
+    fake = engine(long_text(4000), delay=0.02)
     v = visit(serve(fake))
     page = v.page
     for stop in (lambda: page.click("#ming-stop"), lambda: page.keyboard.press("Escape")):
@@ -96,7 +97,7 @@ def test_stop_by_button_and_by_escape(serve: Any, visit: Any) -> None:
 
 
 def test_leaving_the_page_frees_the_engine(serve: Any, visit: Any) -> None:
-    fake = engine("word " * 4000, delay=0.02)
+    fake = engine(long_text(4000), delay=0.02)
     v = visit(serve(fake))
     v.ask("q")
     v.page.wait_for_selector(".xp-live:visible")
@@ -109,7 +110,7 @@ def test_leaving_the_page_frees_the_engine(serve: Any, visit: Any) -> None:
 
 
 def test_a_waiting_question_can_be_taken_back(serve: Any, visit: Any) -> None:
-    fake = engine("word " * 4000, delay=0.02)
+    fake = engine(long_text(4000), delay=0.02)
     url = serve(fake)
     one, two = visit(url), visit(url)
     one.ask("first")
@@ -126,7 +127,7 @@ def test_a_waiting_question_can_be_taken_back(serve: Any, visit: Any) -> None:
 
 
 def test_busy_is_said_politely(serve: Any, visit: Any) -> None:
-    url = serve(engine("word " * 4000, delay=0.02), Settings(max_queue=1))
+    url = serve(engine(long_text(4000), delay=0.02), Settings(max_queue=1))
     visitors = [visit(url, locale="zh-CN") for _ in range(3)]
     for v in visitors[:2]:
         v.ask("问题")
@@ -198,7 +199,7 @@ def test_enter_newline_and_input_method(serve: Any, visit: Any) -> None:
 
 def test_escape_of_an_input_method_stops_nothing(serve: Any, visit: Any) -> None:
     """Escape gives up a half-typed pinyin word; the answer that is being written goes on."""
-    v = visit(serve(engine("word " * 4000, delay=0.02)))
+    v = visit(serve(engine(long_text(4000), delay=0.02)))
     page, tokens = v.page, v.page.locator(".xp-tok:not(.xp-q)")
     v.ask("q")
     page.wait_for_selector(".xp-live:visible")
@@ -244,7 +245,7 @@ def test_language_follows_the_browser_then_the_person(serve: Any, visit: Any) ->
 
 
 def test_words_change_while_an_answer_streams(serve: Any, visit: Any) -> None:
-    v = visit(serve(engine("word " * 200, delay=0.04)))
+    v = visit(serve(engine(long_text(200), delay=0.04)))
     v.ask("q")
     v.page.wait_for_selector(".xp-live:visible")
     v.page.click("#ming-lang label:has-text('中文')")

@@ -13,6 +13,7 @@ from ming_app.router import panel
 from ming_app.router.payload import trace_payload
 from ming_app.router.tables import load_table, token_table
 from tests.browser.conftest import engine
+from tests.fakes import long_text
 
 pytestmark = pytest.mark.browser
 
@@ -56,7 +57,7 @@ def test_the_panel_shows_what_the_trace_holds(serve: Any, visit: Any) -> None:
 
 
 def test_choice_and_scroll_survive_the_stream(serve: Any, visit: Any) -> None:
-    v = visit(serve(engine("word " * 400, delay=0.05)))
+    v = visit(serve(engine(long_text(400), delay=0.05)))
     page = v.page
     v.ask("q")
     page.wait_for_function("document.querySelectorAll('.xp-tok:not(.xp-q)').length > 40")

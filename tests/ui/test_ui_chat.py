@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from ming_app.conversation.tree import Conversation, Turn
 from ming_app.engine.types import SamplingParams
 from ming_app.errors import MingError, PromptTooLongError
 from ming_app.ui import chat
-from ming_app.ui.chat import MAX_CHARS, Session, Turn
-from tests.fakes import FakeEngine
+from ming_app.ui.chat import MAX_CHARS, Session
+from tests.fakes import FakeEngine, long_text
 
 PARAMS = SamplingParams(max_new_tokens=400)
 
@@ -50,7 +51,7 @@ def test_the_engine_gets_the_whole_conversation() -> None:
 
 
 def test_text_and_panel_grow_while_it_streams() -> None:
-    engine, session = FakeEngine("word " * 60, delay=0.02), Session()
+    engine, session = FakeEngine(long_text(60), delay=0.02), Session()
     chat.ask(session, "q")
     seen, panels = [], []
     began = time.monotonic()
@@ -64,7 +65,7 @@ def test_text_and_panel_grow_while_it_streams() -> None:
 
 
 def test_closing_the_generator_frees_the_engine() -> None:
-    engine, session = FakeEngine("word " * 5000, delay=0.01), Session()
+    engine, session = FakeEngine(long_text(5000), delay=0.01), Session()
     chat.ask(session, "q")
     with closing(chat.answer(engine, session, SamplingParams(max_new_tokens=4000))) as steps:
         for _ in range(4):
@@ -74,7 +75,7 @@ def test_closing_the_generator_frees_the_engine() -> None:
 
 
 def test_stop_keeps_what_was_written_and_its_trace() -> None:
-    engine, session = FakeEngine("word " * 3000, delay=0.01), Session()
+    engine, session = FakeEngine(long_text(3000), delay=0.01), Session()
     chat.ask(session, "q")
     steps = chat.answer(engine, session, SamplingParams(max_new_tokens=4000))
     consumer = threading.Thread(target=lambda: [None for _ in steps])
@@ -122,7 +123,7 @@ def test_stopping_while_the_prompt_is_read_gives_the_question_back() -> None:
 
 def test_a_refusal_gives_the_question_back_with_the_reason() -> None:
     error = PromptTooLongError("It has 9000 tokens; the limit is 4096.", "共 9000 个词元，上限 4096。")
-    session = Session(turns=[Turn("user", "old"), Turn("assistant", "answer")])
+    session = Session(talk=Conversation.of([Turn("user", "old"), Turn("assistant", "answer")]))
     ask_and_answer(FakeEngine(error=error), session, "far too long")
     assert texts(session) == ["old", "answer"]
     assert session.returned == "far too long" and session.error is error and session.status.key == "status.error"
@@ -149,13 +150,13 @@ def test_a_bug_is_told_in_words_and_logged_without_the_persons_words(caplog: pyt
 
 def test_cut_and_dropped_are_noticed() -> None:
     session = Session()
-    ask_and_answer(FakeEngine("word " * 50), session, "q", SamplingParams(max_new_tokens=5))
+    ask_and_answer(FakeEngine(long_text(50)), session, "q", SamplingParams(max_new_tokens=5))
     assert [n.key for n in session.notices] == ["notice.length"] and session.notices[0].values == {"n": 5}
     small, session = FakeEngine("ok", context_limit=60), Session()
     for i in range(6):
         ask_and_answer(small, session, f"question number {i} with some words")
     assert session.notices[0].key == "notice.dropped" and session.notices[0].values["n"] > 0
-    ask_and_answer(FakeEngine("word " * 90, delay=0.02), session, "q", SamplingParams(deadline=0.1))
+    ask_and_answer(FakeEngine(long_text(90), delay=0.02), session, "q", SamplingParams(deadline=0.1))
     assert "notice.deadline" in [n.key for n in session.notices]
 
 
@@ -186,13 +187,13 @@ def test_retry_truncates_to_its_question() -> None:
     engine, session = FakeEngine("ok"), Session()
     for question in ("one", "two"):
         ask_and_answer(engine, session, question)
-    before = list(session.turns)
+    last = session.talk.leaf
     chat.ask_again(session, 1)  # the answer's index
     assert texts(session) == ["one"]
-    session.turns = before
+    session.talk.leaf = last
     chat.ask_again(session, 0)  # or its question's
     assert texts(session) == ["one"]
-    session.turns = before
+    session.talk.leaf = last
     chat.ask_again(session)
     assert texts(session) == ["one", "ok", "two"]
     with pytest.raises(MingError):

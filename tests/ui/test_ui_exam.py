@@ -24,7 +24,7 @@ from ming_app.ui.exam.tab import ExamTab, card_words
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.page import Page
 from tests.exam.conftest import Clock, mixed, question
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, long_text
 
 
 @pytest.fixture
@@ -399,7 +399,7 @@ def test_going_on_in_the_chat(made: Any) -> None:
 
 
 def test_stopping_help_frees_the_engine(made: Any) -> None:
-    engine = FakeEngine("word " * 500, delay=0.01)
+    engine = FakeEngine(long_text(500), delay=0.01)
     tab, session = made(engine)
     begin(tab, session)
     do(tab, session, "submit", "A")
@@ -475,7 +475,7 @@ def test_in_the_browser_every_action_hands_out_what_it_wrote(made: Any, tmp_path
     kept: dict[str, dict[str, Any]] = {}
 
     def keep(found: dict[str, Any]) -> None:
-        """As static/progress.js does."""
+        """As static/keep.js does."""
         changes = json.loads(found["changes"])
         for table, rows in changes.get("rows", {}).items():
             at = [changes["columns"][table].index(name) for name in changes["keys"][table]]

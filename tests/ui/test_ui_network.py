@@ -14,7 +14,7 @@ import pytest
 from ming_app.settings import Settings
 from ming_app.ui.launch import launch, spare_loopback
 from ming_app.ui.page import build_page
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, long_text
 from tests.ui.client import PageClient
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +71,7 @@ def test_loopback_is_spared_the_proxy(monkeypatch, before: dict[str, str], after
 
 @pytest.fixture(scope="module")
 def served():
-    engine = FakeEngine("word " * 30)
+    engine = FakeEngine(long_text(30))
     blocks = build_page(engine, Settings())
     _, url, _ = launch(blocks, Settings(port=0), prevent_thread_lock=True, quiet=True)
     yield blocks, url, engine
@@ -99,7 +99,7 @@ def test_nothing_is_offered_beside_the_page(served) -> None:
 
 def test_streaming_sends_what_is_new(served, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks, url, engine = served
-    monkeypatch.setattr(engine, "script", "word " * 300)
+    monkeypatch.setattr(engine, "script", long_text(300))
     monkeypatch.setattr(engine, "delay", 0.01)
     client = PageClient(blocks, url)
     client.call("ask", None, "question")
@@ -118,7 +118,7 @@ def test_visitors_do_not_see_each_other(served) -> None:
     one.call("ask", None, "mine")
     one.call("answer", None, 0.7, 64, 0.9, 40, 0, 1.05, -1)
     shown = two.call("show", None)[-1]["output"]["data"]
-    assert shown[0] == [] and shown[1]["state"] == "empty"
+    assert shown[0]["value"] == [] and shown[1]["state"] == "empty"
     two.call("ask", None, "yours")
     two.call("answer", None, 0.7, 64, 0.9, 40, 0, 1.05, -1)
     assert [m.content for m in engine.calls[-1][0]] == ["yours"]

@@ -35,7 +35,7 @@ def run(page: Page, session: Session, *sampling: Any) -> list[Any]:
 def test_ask_shows_the_question_and_empties_the_box(page: Page) -> None:
     session = Session()
     shown = page.do.ask(session, "why?")
-    assert shown[0] == [{"role": "user", "content": "why?"}] and shown[4]["value"] == ""
+    assert shown[0]["value"] == [{"role": "user", "content": "why?"}] and shown[4]["value"] == ""
     assert shown[5]["visible"] is False and shown[6]["visible"] is True  # send, stop
     steps = run(page, session)
     assert steps[-1][0][-1]["role"] == "assistant" and "<b>" not in steps[-1][0][-1]["content"]
@@ -165,7 +165,7 @@ def test_no_text_stays_in_the_other_language() -> None:
     """Every visible text of the built page comes from a component that `reword` reaches."""
     page = Page(EngineLoader.of(FakeEngine()), Settings())
     reached = {c._id for c in page.words.components} | {
-        c._id for c in (page.badge, page.loading, page.status, page.notices)
+        c._id for c in (page.chat.badge, page.chat.loading, page.chat.status, page.chat.notices)
     }
     silent = {page.lang._id} | {b._id for b in page.blocks.blocks.values() if b.get_config().get("visible") == "hidden"}
     for block in page.blocks.blocks.values():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from ming_app.conversation.tree import Turn
 from ming_app.errors import FetchError
 from ming_app.models.progress import Progress
 from ming_app.ui import render
-from ming_app.ui.chat import Meter, Note, Run, Session, Turn
+from ming_app.ui.chat import Meter, Note, Run, Session
 from ming_app.ui.loader import LoadState
 from tests.fakes import FakeEngine
 

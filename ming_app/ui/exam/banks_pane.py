@@ -144,7 +144,7 @@ class BanksPane:
         quick(self.data_import.upload, self.load_progress, [session, self.data_import], self.tab.everything[:-1])
         self.data_delete.click(lambda: gr.update(visible=True), None, [self.sure_row], **QUIET)
         deleted = self.data_yes.click(self.delete_progress, [session], [*self.tab.everything, self.sure_row], **QUIET)
-        deleted.then(None, None, None, js="() => ming.forgetProgress()")
+        deleted.then(None, None, None, js="() => ming.forget('exam')")
 
     # -- banks ---------------------------------------------------------------------------------------------------
 

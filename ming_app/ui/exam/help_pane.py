@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ming_app.case_view import case_html, case_page, study
-from ming_app.engine.types import SamplingParams
 from ming_app.conversation.tree import Conversation, Turn
+from ming_app.engine.types import SamplingParams
 from ming_app.errors import MingError, PromptTooLongError, StoppedError
 from ming_app.exam.bank import letters_shown
 from ming_app.exam.candidate import Attempt, attempt

@@ -3,13 +3,11 @@ the desk, and either changed something or raises MingError. Knows no gradio."""
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 from ming_app.errors import MingError, UsageError
 from ming_app.exam.bank import Shelf
@@ -20,6 +18,7 @@ from ming_app.exam.statistics import result
 from ming_app.exam.store import Store
 from ming_app.settings import Settings
 from ming_app.ui.exam.reading import Reading
+from ming_app.ui.homes import Shared, home
 
 MAX_LETTERS = 10
 
@@ -203,7 +202,7 @@ class Rooms:
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        self._desks: WeakValueDictionary[Path, Desk] = WeakValueDictionary()
+        self._desks = Shared(_desk)
         self.lock = threading.RLock()
 
     @property
@@ -222,17 +221,11 @@ class Rooms:
 
     def new(self, account: str = "") -> Room:
         """`account`: who has signed in, "" for nobody. Raises StoreError when progress cannot be kept where it should."""
-        if self.on_disk:
-            return Room(self._desk(self.folder))
-        if account and self.by_account:
-            name = hashlib.sha256(account.encode()).hexdigest()[:32]  # no name can lead elsewhere
-            return Room(self._desk(self.folder / "accounts" / name), account=account)
-        return Room(Desk(Store(":memory:"), Shelf(None)))
+        folder = home(self._settings, account)
+        return Room(self._desks.at(folder), account="" if folder in (None, self.folder) else account)
 
-    def _desk(self, folder: Path) -> Desk:
-        """The one desk over a folder, for as long as a room holds it: two windows that are open at once share it."""
-        with self.lock:
-            desk = self._desks.get(folder)
-            if desk is None:
-                desk = self._desks[folder] = Desk(Store(folder / "progress.sqlite"), Shelf(folder / "banks"))
-            return desk
+
+def _desk(folder: Path | None) -> Desk:
+    if folder is None:
+        return Desk(Store(":memory:"), Shelf(None))
+    return Desk(Store(folder / "progress.sqlite"), Shelf(folder / "banks"))

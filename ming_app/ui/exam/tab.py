@@ -29,7 +29,7 @@ from ming_app.ui.exam.words import EXAM_TEXTS
 from ming_app.ui.handlers import QUIET, Handlers, Updates
 from ming_app.ui.text import duration_text, t
 
-KEEP = "(text) => ming.keepProgress(text)"
+KEEP = "(text) => ming.keep('exam', text)"
 HISTORY = 50  # finished sittings that can be opened again
 
 
@@ -286,7 +286,7 @@ class ExamTab:
                 self.panes.restore,
                 [self.session, self.changes],
                 [self.message, self.changes],
-                js="(s) => [s, ming.progress()]",
+                js="(s) => [s, ming.kept('exam')]",
                 **QUIET,
             )
             kept.then(None, [self.changes], None, js=KEEP)

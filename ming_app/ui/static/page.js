@@ -1,6 +1,6 @@
 // What the page does in the browser itself: appearance, remembered choices, keys, the character count.
 (() => {
-  const STORE = "ming.ui"; // {v: 1, lang, theme} and nothing else: no text a person typed is kept
+  const STORE = "ming.ui"; // {v: 1, lang, theme, talk} and nothing else: no text a person typed is kept
 
   const prefs = () => {
     try { return { v: 1, ...JSON.parse(localStorage.getItem(STORE) || "{}") }; } catch { return { v: 1 }; }
@@ -35,6 +35,12 @@
       document.documentElement.lang = lang === "zh" ? "zh-CN" : "en";
     },
     setTheme: (theme) => { remember({ theme }); paint(); },
+    // The conversation in view: of this window, and of the last one.
+    rememberTalk: (id) => {
+      try { sessionStorage.setItem("ming.talk", id); } catch { /* private mode */ }
+      if ((prefs().talk || "") !== id) remember({ talk: id });
+    },
+    lastTalk: () => { try { return sessionStorage.getItem("ming.talk") ?? prefs().talk ?? ""; } catch { return ""; } },
     // Asks before what cannot be undone.
     sure: (key) => confirm(JSON.parse(document.querySelector("#ming-words").dataset.words).sure[key]),
     mayReplaceChat: () => !document.querySelector("#ming-chat [data-testid=user]") || ming.sure("chat"),
@@ -55,6 +61,10 @@
     if (event.key === "Escape" && !event.isComposing && event.keyCode !== 229) {
       const button = document.querySelector("#ming-stop");
       if (button && button.offsetParent) { button.click(); input()?.focus(); }
+    }
+    if (event.key === "ArrowUp" && event.target === input() && !input().value && !event.isComposing) { // edits the last question
+      const edits = document.querySelectorAll('#ming-chat .user-row button[data-key="chat.edit"]');
+      if (edits.length) { event.preventDefault(); edits[edits.length - 1].click(); }
     }
   }, true);
 
@@ -100,9 +110,41 @@
     if (log) put(log, "aria-label", table.log);
     for (const made of document.querySelectorAll("#ming-chat [data-testid=user], #ming-chat [data-testid=bot]")) put(made, "aria-label", table[made.dataset.testid]);
   };
+  // Beside the messages: ‹n/m› where there are several versions, and notes of the checks. Drawn from what the server says,
+  // outside the text that a model wrote.
+  const beside = () => {
+    const table = JSON.parse(document.querySelector("#ming-words")?.dataset.words || "{}"), data = document.querySelector("#ming-marks-data")?.dataset.marks || "[]";
+    const marks = new Map(JSON.parse(data).map((mark) => [mark.i, mark]));
+    document.querySelectorAll("#ming-chat [data-testid=user], #ming-chat [data-testid=bot]").forEach((message, index) => {
+      const row = message.closest(".message-row"), mark = marks.get(index);
+      if (!row) return;
+      let made = row.nextElementSibling?.classList.contains("m-marks") ? row.nextElementSibling : null;
+      if (!mark) { made?.remove(); return; }
+      const state = JSON.stringify([mark, table.branch]);
+      if (made?.dataset.state === state) return;
+      made?.remove();
+      made = Object.assign(document.createElement("div"), { className: "m-marks" });
+      made.dataset.state = state;
+      for (const text of mark.notes) made.append(Object.assign(document.createElement("p"), { className: "m-check", textContent: "⚠ " + text }));
+      if (mark.n > 1) {
+        const picker = Object.assign(document.createElement("span"), { className: "m-branch" });
+        const step = (sign, label, by, off) => {
+          const button = Object.assign(document.createElement("button"), { type: "button", textContent: sign, title: label, disabled: off });
+          button.setAttribute("aria-label", label);
+          button.addEventListener("click", () => { ming.branchAsked = [index, by]; document.querySelector("#ming-branch").click(); });
+          return button;
+        };
+        const shown = Object.assign(document.createElement("span"), { textContent: `${mark.at}/${mark.n}` });
+        shown.setAttribute("aria-label", table.branch.replace("{i}", mark.at).replace("{n}", mark.n));
+        picker.append(step("‹", table.branch_back, -1, mark.at === 1), shown, step("›", table.branch_on, 1, mark.at === mark.n));
+        made.append(picker);
+      }
+      row.after(made);
+    });
+  };
   // At most once in 120 ms, also while an answer streams without a pause.
-  new MutationObserver(() => { relabel.timer ??= setTimeout(() => { relabel.timer = null; relabel(); }, 120); })
-    .observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-words"] });
+  new MutationObserver(() => { relabel.timer ??= setTimeout(() => { relabel.timer = null; relabel(); beside(); }, 120); })
+    .observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-words", "data-marks"] });
   document.addEventListener("DOMContentLoaded", paint);
   paint();
 })();
