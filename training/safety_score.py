@@ -26,7 +26,7 @@ SENTENCES = Path(__file__).parents[1] / "tests" / "safety" / "sentences"
 PENALTY = 1 / 30
 RARE, KEPT = 2, 12_000
 FOLDS = 5
-MOST_FALSE = {"zh": 0.03, "en": 0.05}
+MOST_FALSE = {"zh": 0.026, "en": 0.05}
 """share of harmless sentences that may raise a flag where thresholds are chosen; English is harder to tell apart"""
 STEPS = [step / 100 for step in range(2, 100)]
 

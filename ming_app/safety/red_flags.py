@@ -60,12 +60,12 @@ class Assessment:
 
 
 RANK = (
-    "self_harm", "airway", "cardiac", "stroke", "anaphylaxis", "consciousness", "seizure", "bleeding", "poisoning",
-    "drowning", "electric", "obstetric", "ectopic", "infant", "sepsis", "head_injury", "trauma", "heat", "burns", "bites",
-    "swallowed", "metabolic", "clot", "abdomen", "limb", "torsion", "cauda_equina", "vision", "harm_others", "psychosis",
-    "shock", "other",
+    "self_harm", "anaphylaxis", "drowning", "electric", "swallowed", "obstetric", "ectopic", "infant", "cardiac", "stroke",
+    "poisoning", "airway", "seizure", "bites", "head_injury", "trauma", "burns", "heat", "metabolic", "sepsis", "bleeding",
+    "consciousness", "clot", "torsion", "cauda_equina", "vision", "limb", "abdomen", "harm_others", "psychosis", "shock",
+    "other",
 )  # fmt: skip
-"""categories; of several, the banner takes the first"""
+"""categories; of several, the banner takes the first: what has a cause of its own comes before what may have many"""
 
 
 def assess(messages: Sequence[str]) -> Assessment:
