@@ -330,6 +330,7 @@ def cmd_ask(args: argparse.Namespace, settings: Settings, console: Console, load
 
     question, params = _question(args.text), _sampling(args, trace=bool(args.trace))
     _check_ending(args.trace)
+    _warn(question, settings, console)
     with closing(load_engine(settings, console.progress)) as engine:
         if args.trace and not engine.info.num_experts:
             raise _no_experts()
@@ -343,12 +344,25 @@ def cmd_ask(args: argparse.Namespace, settings: Settings, console: Console, load
     return 0
 
 
+def _warn(question: str, settings: Settings, console: Console) -> None:
+    """Before the model is even loaded: signs of an emergency in the question, and whom to call."""
+    from ming_app.safety.notices import triage
+
+    found = {lang: triage(question, settings.region, lang) for lang in ("en", "zh")}
+    if found["en"]["red_flag"]:
+        console.note(f"!! {found['en']['message']}", f"!! {found['zh']['message']}")
+
+
 def _after_answer(console: Console, values: dict[str, Any]) -> None:
+    from ming_app.safety.output import check_answer, note_text
+
     rate, first = values["tokens_per_second"], values["seconds_to_first_token"]
     console.note(
         f"[{values['model']} {values['precision']}, {values['new_tokens']} tokens, {rate:.1f} tokens/s, first after {first:.2f} s, {values['finish_reason']}]",
         f"[{values['model']} {values['precision']}，{values['new_tokens']} 个词元，{rate:.1f} 词元/秒，首词元 {first:.2f} 秒，{values['finish_reason']}]",
     )
+    for check in check_answer(values["text"]):
+        console.note(*(f"! {note_text(check.check, lang)}" for lang in ("en", "zh")))
     console.note(*DISCLAIMER)
 
 
@@ -363,7 +377,7 @@ def cmd_chat(args: argparse.Namespace, settings: Settings, console: Console, loa
             f"{info.title}, {info.precision}, {info.device}. {DISCLAIMER[0]}",
             f"{info.title}，{info.precision}，{info.device}。{DISCLAIMER[1]}",
         )
-        values = Repl(engine, console, params, args.system).run()
+        values = Repl(engine, console, params, args.system, settings.region).run()
     console.result(values)
     return 0
 

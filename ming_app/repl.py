@@ -19,6 +19,8 @@ from ming_app.console import Console
 from ming_app.engine.types import Message, SamplingParams, Start
 from ming_app.errors import MingError, TraceError, UsageError
 from ming_app.molora.trace import RouterTrace
+from ming_app.safety.notices import banner
+from ming_app.safety.red_flags import assess
 from ming_app.ui.record import save_record
 
 HELP = (
@@ -72,7 +74,10 @@ class Conversation:
 class Repl:
     """Reads lines from `lines` (a terminal or a pipe), answers each; `run` gives the object of `chat --json`."""
 
-    def __init__(self, engine: Streams, console: Console, params: SamplingParams, system: str = "") -> None:
+    def __init__(
+        self, engine: Streams, console: Console, params: SamplingParams, system: str = "", region: str = "auto"
+    ) -> None:
+        self.region = region
         self.engine = engine
         self.console = console
         self.params = params
@@ -143,6 +148,10 @@ class Repl:
                     f"（上下文已满，最早的 {n} 轮对话未纳入。）",
                 )
 
+        said = [*(turn.content for turn in self.conversation.turns if turn.role == "user"), text]
+        found = assess(said)
+        if found.flags:
+            self.console.note(*(f"!! {banner(found.category, lang, self.region).text}" for lang in ("en", "zh")))
         cancel = threading.Event()
         try:
             with _sigint_sets(cancel):

@@ -81,6 +81,10 @@ class Settings:
     """Language of messages on the command line: "zh" or "en"; empty follows the locale."""
     region: str = "auto"
     """Whose emergency numbers a warning names: "cn", "us", "uk", "eu", "hk", "tw", "world"; "auto" follows the language."""
+    space: str = ""
+    """Id of the Hugging Face Space this runs on, as the Space says itself; empty elsewhere."""
+    sign_in: str = ""
+    """The Space's sign-in (its OAuth client id), where its README has `hf_oauth: true`."""
     max_queue: int = 32
     """Chat requests that may wait; one more is refused politely."""
 
@@ -122,7 +126,8 @@ class Settings:
             if text:
                 values[entry.name] = _parse(entry.name, str(entry.type), text)
         if env.get("SPACE_ID"):  # a Hugging Face Space is reached from outside, on this port
-            values = {"host": "0.0.0.0", "port": 7860, **values}
+            own = {"space": env["SPACE_ID"], "sign_in": env.get("OAUTH_CLIENT_ID", "")}
+            values = {"host": "0.0.0.0", "port": 7860, **own, **values}
         values.update({k: v for k, v in (overrides or {}).items() if v is not None})
         return cls(**values)
 

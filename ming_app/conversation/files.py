@@ -208,8 +208,9 @@ def _conversation(value: Any, at: int, name: str = "") -> Conversation:
     for turn in turns:
         turn.id, turn.parent = ids[turn.id], ids[turn.parent]
         made.nodes[turn.id] = turn
-    known = ids.get(leaf, "") if isinstance(leaf, str) else ""
-    made.leaf = known or (max(turns, key=lambda turn: turn.at).id if turns else "")
+    known = ids.get(leaf) if isinstance(leaf, str) else None
+    latest = max(turns, key=lambda turn: turn.at).id if turns else ""
+    made.leaf = latest if known is None else known
     return made
 
 

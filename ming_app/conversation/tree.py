@@ -74,7 +74,7 @@ class Conversation:
         """The turns in view, oldest first."""
         found: list[Turn] = []
         at = self.leaf
-        while at and len(found) <= len(self.nodes):
+        while at in self.nodes and len(found) <= len(self.nodes):
             found.append(self.nodes[at])
             at = self.nodes[at].parent
         return found[::-1]

@@ -107,7 +107,7 @@ REPEATS, SHORTEST, LONGEST = 4, 40, 160
 
 def loop_start(text: str) -> int | None:
     """Where an answer began to repeat itself: the same 1 to LONGEST characters at its end, at least REPEATS times and
-    SHORTEST characters in all, end of the first time; None for an answer that goes on."""
+    SHORTEST characters in all, end of a sentence of the first time; None for an answer that goes on."""
     for size in range(1, LONGEST + 1):
         times = max(REPEATS, -(-SHORTEST // size))
         piece = text[-size:]
@@ -115,7 +115,9 @@ def loop_start(text: str) -> int | None:
             start = len(text) - size * times
             while start >= size and text[start - size : start] == piece:
                 start -= size
-            return start + size
+            said = text[start : start + size]
+            ended = max((said.rfind(sign) for sign in "。！？!?.\n"), default=-1)
+            return start + (ended + 1 if ended >= 0 else size)
     return None
 
 

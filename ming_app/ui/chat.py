@@ -531,7 +531,8 @@ def _begin(session: Session, question: str | None) -> None:
     session.returned = None
     session.continuing = False
     if question is not None:
-        keep(session, session.talk.add(Turn("user", question)))
+        session.talk.add(Turn("user", question))
+        keep(session, *session.turns[-2:])  # with the opening of a consultation, which nobody had answered yet
     look(session)
 
 

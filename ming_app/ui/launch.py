@@ -82,7 +82,7 @@ def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
         "footer_links": [],
         "ssr_mode": False,
         "strict_cors": True,
-        "pwa": False,
+        "pwa": not settings.space,  # installable where it is served by oneself
         "max_file_size": "20mb",
         "blocked_paths": blocked,
         "app_kwargs": {

@@ -11,6 +11,7 @@ from typing import Any
 from ming_app.conversation import consult
 from ming_app.conversation.files import FILES, from_json, from_rows, to_file
 from ming_app.conversation.store import ConversationStore
+from ming_app.conversation.tree import Conversation
 from ming_app.errors import MingError
 from ming_app.settings import Settings
 from ming_app.ui import chat
@@ -60,6 +61,8 @@ class Talks:
 
     def enter(self, session: Session) -> None:
         """The visitor's store, once it is known who they are. What stands in the way is told; the chat works without."""
+        if not session.talk.nodes:
+            session.talk = Conversation()  # Gradio copies one session for every visitor: each needs ids of its own
         if session.store is None:
             try:
                 session.store = self._stores.at(home(self._settings, session.account))

@@ -236,9 +236,12 @@ def test_language_follows_the_browser_then_the_person(serve: Any, visit: Any) ->
     page.wait_for_selector("text=Experts at work")
     for text in ("Finished", "Answer settings", "New chat", "Load", "One token", "AI-generated content", "About"):
         page.locator(f"text={text}").first.wait_for()
-    visible = page.evaluate("document.querySelector('.gradio-container').innerText")
-    left = {c for line in visible.splitlines() for c in line if "\u4e00" <= c <= "\u9fff"}
-    assert left <= set(ANSWER) | set("中文问题")
+
+    def left() -> set[str]:
+        visible = page.evaluate("document.querySelector('.gradio-container').innerText")
+        return {c for line in visible.splitlines() for c in line if "\u4e00" <= c <= "\u9fff"}
+
+    v.until(lambda: left() <= set(ANSWER) | set("中文问题"))  # the parts are reworded one after the other
     page.reload()
     page.wait_for_selector("text=What would you like to understand?")
     assert page.get_attribute("html", "lang") == "en"

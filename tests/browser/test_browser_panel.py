@@ -60,7 +60,9 @@ def test_choice_and_scroll_survive_the_stream(serve: Any, visit: Any) -> None:
     v = visit(serve(engine(long_text(400), delay=0.05)))
     page = v.page
     v.ask("q")
-    page.wait_for_function("document.querySelectorAll('.xp-tok:not(.xp-q)').length > 40")
+    page.wait_for_function(
+        "document.querySelectorAll('.xp-tok:not(.xp-q)').length > 100"
+    )  # more than fits in the strip
     page.locator(".xp-tok:not(.xp-q)").nth(5).click()
     page.fill(".xp-layer input", "2")
     page.eval_on_selector(".xp-map", "box => { box.scrollLeft = 3; box.dispatchEvent(new Event('scroll')) }")

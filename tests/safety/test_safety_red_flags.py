@@ -115,7 +115,12 @@ def test_playing_it_down_does_not_silence_it() -> None:
 
 
 def test_other_writings_of_the_same_words() -> None:
-    for text in ("我喘不過氣，嘴唇發紫", "我喘不过气，嘴唇发紫", "我喘不过气，嘴唇发紫\u200b", "Ｉ ｃａｎ’ｔ ｂｒｅａｔｈｅ, lips are blue"):
+    for text in (
+        "我喘不過氣，嘴唇發紫",
+        "我喘不过气，嘴唇发紫",
+        "我喘不过气，嘴唇发紫\u200b",
+        "Ｉ ｃａｎ’ｔ ｂｒｅａｔｈｅ, lips are blue",
+    ):
         assert raised(text) == "airway", text
     assert "胸" in plain("胸\u200b悶") and plain("Can’t BREATHE") == "cant breathe"
     assert language("胸口疼 chest pain") == "zh" and language("hello") == "en"
@@ -208,7 +213,15 @@ def test_any_text_is_read(text: str) -> None:
 
 def test_long_and_hostile_texts_are_read_in_time() -> None:
     begin = time.perf_counter()
-    for text in ("a" * 1_000_000, "no " * 300_000, "胸" * 500_000, "，" * 400_000, "my chest " * 100_000, "1/" * 200_000, "\ud800x"):
+    for text in (
+        "a" * 1_000_000,
+        "no " * 300_000,
+        "胸" * 500_000,
+        "，" * 400_000,
+        "my chest " * 100_000,
+        "1/" * 200_000,
+        "\ud800x",
+    ):
         assess([text])
         scan.cache_clear()
     assert time.perf_counter() - begin < 30

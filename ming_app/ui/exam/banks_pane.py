@@ -4,7 +4,6 @@ deleted."""
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from html import escape
@@ -83,7 +82,7 @@ class BanksPane:
     def data(self) -> None:
         words = self.words
         self.where = gr.HTML("", apply_default_css=False)
-        if self.tab.rooms.by_account and os.environ.get("OAUTH_CLIENT_ID"):  # a Space with hf_oauth in its README
+        if self.tab.rooms.by_account and self.tab.settings.sign_in:
             gr.LoginButton(size="sm", variant="secondary", elem_id="ming-sign-in")
         with gr.Row():
             self.data_export = self.tab.button("exam.data_export", "ming-exam-data-export")

@@ -71,7 +71,7 @@ class ExamTab:
 
     def __init__(self, words: Bilingual, handlers: Handlers, session: gr.State, settings: Settings):
         self.words, self.do, self.session = words, handlers, session
-        self.rooms = Rooms(settings)
+        self.rooms, self.settings = Rooms(settings), settings
         self.panes = BanksPane(self)
         with gr.Column(elem_id="ming-exam"):
             self.message = gr.HTML("", apply_default_css=False, elem_id="ming-exam-message")

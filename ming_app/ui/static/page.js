@@ -63,7 +63,7 @@
       if (button && button.offsetParent) { button.click(); input()?.focus(); }
     }
     if (event.key === "ArrowUp" && event.target === input() && !input().value && !event.isComposing) { // edits the last question
-      const edits = document.querySelectorAll('#ming-chat .user-row button[data-key="chat.edit"]');
+      const edits = document.querySelectorAll('#ming-chat button[data-key="chat.edit"]');
       if (edits.length) { event.preventDefault(); edits[edits.length - 1].click(); }
     }
   }, true);
@@ -106,6 +106,7 @@
       if (made.textContent !== table.open) made.textContent = table.open;
       if (made.dataset.index !== String(index)) made.dataset.index = index;
     });
+    for (const made of document.querySelectorAll(".empty[aria-label]:not([role])")) put(made, "role", "img"); // an empty plot
     const log = document.querySelector("#ming-chat [role=log]");
     if (log) put(log, "aria-label", table.log);
     for (const made of document.querySelectorAll("#ming-chat [data-testid=user], #ming-chat [data-testid=bot]")) put(made, "aria-label", table[made.dataset.testid]);
