@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ming_app import __version__
 from ming_app.console import Console, use_utf8
 from ming_app.errors import MingError, UsageError
-from ming_app.settings import BACKENDS, PRECISIONS, Settings
+from ming_app.settings import BACKENDS, PRECISIONS, REGIONS, Settings
 from ming_app.ui.text import t as page_text
 
 if TYPE_CHECKING:
@@ -212,9 +212,7 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
         t("look for signs of an emergency in a text; no model", "检查文本中的急症信号（不需要模型）"),
     )
     triage.add_argument("text", metavar="TEXT", help=t("- reads standard input", "- 表示从标准输入读取"))
-    triage.add_argument(
-        "--region", help=t("whose emergency numbers: cn, us, uk, eu, hk, tw", "急救号码：cn、us、uk、eu、hk、tw")
-    )
+    add_region(triage, console)
 
     bench = _command(commands, "bench", cmd_bench, [common], t("measure speed and memory", "测量速度与内存"))
     bench.add_argument(
@@ -263,6 +261,14 @@ def add_lang(parser: argparse.ArgumentParser, console: Console) -> None:
     parser.add_argument("--lang", choices=("zh", "en"), help=console.text("language of messages", "消息语言"))
 
 
+def add_region(parser: argparse.ArgumentParser, console: Console) -> None:
+    parser.add_argument(
+        "--region",
+        choices=REGIONS,
+        help=console.text("whose emergency numbers a warning names", "警示中使用哪里的急救号码"),
+    )
+
+
 def _common_options(console: Console) -> argparse.ArgumentParser:
     """What every command that loads a model takes."""
     return Parser(add_help=False, parents=[_plain_options(console), settings_options(console)])
@@ -289,6 +295,7 @@ def settings_options(console: Console) -> argparse.ArgumentParser:
         "--threads", type=int, metavar="N", help=t("CPU threads; 0: one per core", "CPU 线程数；0 为每核一个")
     )
     parser.add_argument("--context", type=int, metavar="N", help=t("context limit in tokens", "上下文上限（词元）"))
+    add_region(parser, console)
     return parser
 
 

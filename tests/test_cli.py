@@ -324,3 +324,34 @@ def test_progress_in_a_log_is_one_line_per_stage(capsys: pytest.CaptureFixture[s
 
 def test_a_terminal_gets_no_control_characters() -> None:
     assert printable("ok\x1b[31m\x07\n\tü中") == "ok[31m\n\tü中"
+
+
+# -- triage and warnings ----------------------------------------------------------------------------------------------
+
+
+def test_triage_is_one_object_and_loads_no_model(run: Run) -> None:
+    found = run("triage", "我爸突然嘴歪，说话不清，右手抬不起来", "--json")
+    assert list(found.json) == ["red_flag", "category", "lang", "matched", "message"] and found.settings == []
+    assert found.json["red_flag"] is True and found.json["category"] == "stroke" and found.json["lang"] == "zh"
+    assert "120" in found.json["message"] and found.json["matched"]
+    calm = run("triage", "how much sleep is healthy?", "--json")
+    assert calm.code == 0 and calm.json == {
+        "red_flag": False,
+        "category": "",
+        "lang": "en",
+        "matched": [],
+        "message": "",
+    }
+    british = run("triage", "-", "--region", "uk", stdin="he is not breathing and his lips are blue")
+    assert "999" in british.out and british.code == 0
+    assert "no all-clear" in run("triage", "my knee aches a little").out
+    assert run("triage", "", "--json").code == 2 and run("triage", "x", "--region", "mars").code == 2
+
+
+def test_ask_and_chat_warn_before_the_answer(run: Run) -> None:
+    asked = run("ask", "my husband has crushing chest pain and is sweating", "--region", "us")
+    assert "heart attack" in asked.err and "911" in asked.err and "heart attack" not in asked.out
+    talked = run("chat", stdin="我妈胸口有点不舒服\n出了一身冷汗，左胳膊麻，脸色发白\n")
+    assert "120" in talked.err or "heart" in talked.err
+    dosed = run("ask", "my knee aches", engine=FakeEngine("Take 400 mg of ibuprofen every 6 hours."))
+    assert "names a dose" in dosed.err

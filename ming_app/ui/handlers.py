@@ -19,6 +19,7 @@ from ming_app.engine.types import EngineInfo, SamplingParams
 from ming_app.errors import MingError
 from ming_app.settings import Settings
 from ming_app.ui import chat, experts, render
+from ming_app.ui.answer import answer, refuse
 from ming_app.ui.bilingual import Bilingual
 from ming_app.ui.chat import Session
 from ming_app.ui.files import TempFolder
@@ -144,11 +145,11 @@ class Handlers:
         try:
             params = sampling_params(dict(zip(self.sampling, sampling, strict=True)))
         except MingError as error:
-            chat.refuse(session, error)
+            refuse(session, error)
             yield self._streamed(session, same)
             return
         system = system_of(session.talk, session.lang)
-        with closing(chat.answer(self.loader.state.engine, session, params, system=system)) as steps:
+        with closing(answer(self.loader.state.engine, session, params, system=system)) as steps:
             for _ in steps:
                 yield self._streamed(session, same)
 

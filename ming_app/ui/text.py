@@ -372,8 +372,8 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     },
     "about.privacy_title": {"en": "What happens to what you write", "zh": "您输入的内容如何处理"},
     "about.privacy": {
-        "en": "Your questions are answered on the machine that serves this page and are held in its memory while the page is open and for at most an hour after. They are not written to a log, not sent anywhere else and not used for training. A routing record that you save contains the conversation's text; its temporary copy is deleted within the hour. Your browser keeps the language and the appearance you chose. The Exam tab keeps your answers, flags and notes, on this machine or in your browser only, as its pane \u201cMy data\u201d says; there you can export or delete them.",
-        "zh": "您的问题只在提供本页面的机器上处理，仅在页面打开期间及之后最多一小时内保存在内存中；不写入日志，不发送到其他地方，也不用于训练。您保存的路由记录包含对话文本，其临时副本会在一小时内删除。浏览器会记住您选择的语言和外观。“练习”页会保存您的作答、标记与笔记，只存于本机或您的浏览器（见“我的数据”），可随时导出或删除。",
+        "en": "Your questions are answered on the machine that serves this page and are held in its memory while the page is open and for at most an hour after. They are not written to a log, not sent anywhere else and not used for training. Conversations are kept on this machine, or on a public page in your browser only, until you delete them; incognito ones are kept nowhere. A routing record that you save contains the conversation's text; its temporary copy is deleted within the hour. Your browser keeps the language and the appearance you chose. The Exam tab keeps your answers, flags and notes, on this machine or in your browser only, as its pane \u201cMy data\u201d says; there you can export or delete them.",
+        "zh": "您的问题只在提供本页面的机器上处理，仅在页面打开期间及之后最多一小时内保存在内存中；不写入日志，不发送到其他地方，也不用于训练。对话保存在本机（公开页面上只保存在您的浏览器中），可随时删除；无痕对话不会保存。您保存的路由记录包含对话文本，其临时副本会在一小时内删除。浏览器会记住您选择的语言和外观。“练习”页会保存您的作答、标记与笔记，只存于本机或您的浏览器（见“我的数据”），可随时导出或删除。",
     },
 }
 

@@ -14,6 +14,7 @@ from ming_app.conversation.tree import Conversation, Turn
 from ming_app.engine.types import SamplingParams
 from ming_app.errors import MingError, PromptTooLongError
 from ming_app.ui import chat
+from ming_app.ui.answer import TEXT_SECONDS, answer
 from ming_app.ui.chat import MAX_CHARS, Session
 from tests.fakes import FakeEngine, long_text
 
@@ -22,7 +23,7 @@ PARAMS = SamplingParams(max_new_tokens=400)
 
 def ask_and_answer(engine: Any, session: Session, text: str, params: SamplingParams = PARAMS) -> None:
     chat.ask(session, text)
-    for _ in chat.answer(engine, session, params):
+    for _ in answer(engine, session, params):
         pass
 
 
@@ -55,19 +56,19 @@ def test_text_and_panel_grow_while_it_streams() -> None:
     chat.ask(session, "q")
     seen, panels = [], []
     began = time.monotonic()
-    for _ in chat.answer(engine, session, PARAMS):
+    for _ in answer(engine, session, PARAMS):
         seen.append(texts(session)[-1])
         panels.append(session.payload["tokens"])
     lengths = [len(p) for p in panels]
     assert lengths == sorted(lengths) and len(set(lengths)) >= 4
     assert all(b.startswith(a) for a, b in zip(seen[2:], seen[3:], strict=False))
-    assert len(seen) <= (time.monotonic() - began) / chat.TEXT_SECONDS + 6  # throttled: about ten a second
+    assert len(seen) <= (time.monotonic() - began) / TEXT_SECONDS + 6  # throttled: about ten a second
 
 
 def test_closing_the_generator_frees_the_engine() -> None:
     engine, session = FakeEngine(long_text(5000), delay=0.01), Session()
     chat.ask(session, "q")
-    with closing(chat.answer(engine, session, SamplingParams(max_new_tokens=4000))) as steps:
+    with closing(answer(engine, session, SamplingParams(max_new_tokens=4000))) as steps:
         for _ in range(4):
             next(steps)
         run = session.run
@@ -77,7 +78,7 @@ def test_closing_the_generator_frees_the_engine() -> None:
 def test_stop_keeps_what_was_written_and_its_trace() -> None:
     engine, session = FakeEngine(long_text(3000), delay=0.01), Session()
     chat.ask(session, "q")
-    steps = chat.answer(engine, session, SamplingParams(max_new_tokens=4000))
+    steps = answer(engine, session, SamplingParams(max_new_tokens=4000))
     consumer = threading.Thread(target=lambda: [None for _ in steps])
     consumer.start()
     while not session.meter.new_tokens:
@@ -110,7 +111,7 @@ class SilentPrefill(FakeEngine):
 def test_stopping_while_the_prompt_is_read_gives_the_question_back() -> None:
     session = Session()
     chat.ask(session, "a long one")
-    steps = chat.answer(SilentPrefill(), session, PARAMS)
+    steps = answer(SilentPrefill(), session, PARAMS)
     next(steps)
     next(steps)
     assert session.status.key == "status.reading"

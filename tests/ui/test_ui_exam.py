@@ -19,8 +19,9 @@ from ming_app.settings import Settings
 from ming_app.ui import chat
 from ming_app.ui.chat import Session
 from ming_app.ui.exam import payload, tutor
+from ming_app.ui.exam.payload import card_words
 from ming_app.ui.exam.room import Room
-from ming_app.ui.exam.tab import ExamTab, card_words
+from ming_app.ui.exam.tab import ExamTab
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.page import Page
 from tests.exam.conftest import Clock, mixed, question

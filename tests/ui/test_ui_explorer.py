@@ -17,6 +17,7 @@ from ming_app.molora.trace import RouterTrace, Segment, TraceToken
 from ming_app.router.report import report_views
 from ming_app.settings import Settings
 from ming_app.ui import chat
+from ming_app.ui.answer import answer
 from ming_app.ui.chat import Session
 from ming_app.ui.explorer import VIEWS, Explorer, answers_html, heading_html, table_html
 from ming_app.ui.loader import EngineLoader
@@ -42,7 +43,7 @@ def session(engine: Engine) -> Session:
     made = Session()
     for question in ("What is gout?", EXAM):
         chat.ask(made, question)
-        for _ in chat.answer(engine, made, SamplingParams(10, temperature=0)):
+        for _ in answer(engine, made, SamplingParams(10, temperature=0)):
             pass
     return made
 

@@ -19,6 +19,7 @@ from ming_app.exam.candidate import Attempt, attempt
 from ming_app.exam.question import LETTERS
 from ming_app.exam.sitting import Sitting
 from ming_app.ui import chat, experts, render
+from ming_app.ui.answer import answer
 from ming_app.ui.bilingual import labelled, valued
 from ming_app.ui.chat import Session
 from ming_app.ui.exam import pages, payload, tutor
@@ -192,7 +193,7 @@ class HelpPane:
             def shown(said: str, over: bool) -> str:
                 return tutor.blotted(said, question, over) if kind == "hint" else said
 
-            with closing(chat.answer(self.do.loader.state.engine, helper, params)) as steps:
+            with closing(answer(self.do.loader.state.engine, helper, params)) as steps:
                 for _ in steps:
                     if room.place != place:  # another question is in view by now
                         return

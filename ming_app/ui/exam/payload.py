@@ -6,6 +6,7 @@ Letters: `letter` is the one of the bank, which actions name; options are listed
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ming_app.exam.bank import letters_shown
@@ -14,7 +15,16 @@ from ming_app.exam.question import Question
 from ming_app.exam.sitting import Sitting
 from ming_app.ui.exam.pages import name_of
 from ming_app.ui.exam.room import Room
+from ming_app.ui.exam.words import EXAM_TEXTS
 from ming_app.ui.text import t
+
+
+def card_words(lang: str) -> str:
+    """The card's texts as JSON."""
+    start = "exam.card."
+    return json.dumps(
+        {key.removeprefix(start): t(lang, key) for key in EXAM_TEXTS if key.startswith(start)}, ensure_ascii=False
+    )
 
 
 def card(room: Room, lang: str) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from ming_app.ui.exam.banks_pane import BanksPane
 from ming_app.ui.exam.help_pane import HelpPane
 from ming_app.ui.exam.plans import OWN, filled, own_blueprint, preset_item
 from ming_app.ui.exam.room import Room, Rooms
-from ming_app.ui.exam.words import EXAM_TEXTS
 from ming_app.ui.handlers import QUIET, Handlers, Updates
 from ming_app.ui.text import duration_text, t
 
@@ -56,14 +55,6 @@ def _like(handler: Callable[..., Updates], session: Any, changes: Any) -> Callab
 def _day(at: float, east: float) -> str:
     """A time on the visitor's clock."""
     return time.strftime("%m-%d %H:%M", time.gmtime(at + east))
-
-
-def card_words(lang: str) -> str:
-    """The card's texts as JSON."""
-    start = "exam.card."
-    return json.dumps(
-        {key.removeprefix(start): t(lang, key) for key in EXAM_TEXTS if key.startswith(start)}, ensure_ascii=False
-    )
 
 
 class ExamTab:
@@ -200,7 +191,7 @@ class ExamTab:
                 elem_id="ming-exam-card",
                 words=words,
             ),
-            lambda lang: {"words": card_words(lang)},
+            lambda lang: {"words": payload.card_words(lang)},
         )
         self.help = HelpPane(self)
 
