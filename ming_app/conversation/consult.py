@@ -116,6 +116,22 @@ def explain_messages(summary: str, lang: str) -> list[Message]:
     ]
 
 
+SECTION_TOKENS = 220
+"""longest section of an explanation"""
+
+
+def sections(summary: str, lang: str) -> list[tuple[list[Message], str]]:
+    """The explanation, section by section: what the model is asked, ending with the words it goes on from, and those words
+    under their heading."""
+    found = []
+    for entry in _data()["section"]:
+        start = entry[f"start_{lang}"]
+        asked = Message("user", f"{summary.strip()}\n\n{entry[f'ask_{lang}']}")
+        head = f"**{entry[f'title_{lang}']}**\n\n{start}"
+        found.append(([Message("system", word("explain", lang)), asked, Message("assistant", start)], head))
+    return found
+
+
 def asks_for_drug(text: str) -> bool:
     """Whether a person asks for a drug or a dose."""
     return _ORDER.search(plain(text)) is not None

@@ -11,7 +11,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from ming_app.conversation import consult
 from ming_app.conversation.tree import Turn
@@ -55,14 +55,19 @@ def answer(
         run.done.set()
         yield
         return
-    pump = Pump(engine, plan.messages, plan.params, run.stop)
-    writer = _Writer(session, engine.info, plan.shown, clock)
+    writer = _Writer(session, engine.info, plan, clock)
+    pump: Pump | None = None
     try:
         session.status = Note("status.reading", {"seconds": 0})
         yield
-        for event in pump.events(PATIENCE):
-            if writer.take(event):
-                yield
+        for part in plan.parts:
+            writer.begin_part(part)
+            pump = Pump(engine, part.messages, plan.params, run.stop)
+            for event in pump.events(PATIENCE):
+                if writer.take(event):
+                    yield
+            if writer.ended:  # closing the pump of a part would stop the parts after it too
+                break
     except Exception as error:
         if not isinstance(error, MingError):  # a bug; the log names it without the person's words
             logger.error(
@@ -72,7 +77,8 @@ def answer(
         refuse(session, error)
         yield
     finally:
-        pump.close()
+        if pump is not None:
+            pump.close()
         session.run = None
         session.continuing = False
         keep(session, *writer.written)
@@ -80,11 +86,19 @@ def answer(
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How the waiting question is answered: by the model, whose words `shown` turns into what stands on the page (the second
-    argument: whether they are complete), or, for `said`, without it."""
+class _Part:
+    """One request to the model. `head` stands before its words."""
 
-    messages: list[Message] = field(default_factory=list)
+    messages: list[Message]
+    head: str = ""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the waiting question is answered: by the model, in one part or several, whose words `shown` turns into what stands
+    on the page (the second argument: whether they are complete), or, for `said`, without it."""
+
+    parts: tuple[_Part, ...] = ()
     params: SamplingParams = SamplingParams()
     shown: Callable[[str, bool], str] = lambda text, _over: text
     said: str = ""
@@ -103,7 +117,7 @@ def _plan(session: Session, params: SamplingParams, system: str) -> _Plan:
     messages += [Message(turn.role, turn.text) for turn in turns]
     if session.starting and not session.continuing:
         messages.append(Message("assistant", session.starting))
-    return _Plan(messages, params)
+    return _Plan((_Part(messages),), params)
 
 
 def _consultation(session: Session, params: SamplingParams) -> _Plan:
@@ -116,7 +130,7 @@ def _consultation(session: Session, params: SamplingParams) -> _Plan:
     if step is not None:
         asked = replace(consult.QUESTION, seed=params.seed, deadline=params.deadline)
         return _Plan(
-            consult.question_messages(turns, step, lang),
+            (_Part(consult.question_messages(turns, step, lang)),),
             asked,
             lambda text, over: consult.worded(text, step, lang) if over else "",
         )
@@ -125,24 +139,26 @@ def _consultation(session: Session, params: SamplingParams) -> _Plan:
         return _Plan(said=consult.word("ready", lang), reason=READY)
     since = max((at for at, turn in enumerate(turns) if turn.reason == READY), default=len(turns) - 2)
     later = turns[since + 2 :]  # after the request to explain
-    messages = consult.explain_messages(talk.summary, lang)
-    messages += [Message(turn.role, turn.text) for turn in later]
+    if later:  # a question after the explanation
+        told = consult.explain_messages(talk.summary, lang)
+        parts = [_Part([*told, *(Message(turn.role, turn.text) for turn in later)])]
+    else:
+        parts = [_Part(*section) for section in consult.sections(talk.summary, lang)]
 
     def shown(text: str, over: bool) -> str:
         ends = [text.rfind(sign) for sign in "。！？!?\n"] + [text.rfind(". ")]
         return without_doses(text if over else text[: max(ends) + 1], lang)
 
-    return _Plan(messages, params, shown)
+    return _Plan(tuple(parts), params if later else replace(params, max_new_tokens=consult.SECTION_TOKENS), shown)
 
 
 class _Writer:
     """Applies engine events to the session and says when enough changed to be shown."""
 
-    def __init__(
-        self, session: Session, info: EngineInfo, shown: Callable[[str, bool], str], clock: Callable[[], float]
-    ):
+    def __init__(self, session: Session, info: EngineInfo, plan: _Plan, clock: Callable[[], float]):
         self.session, self.clock, self.num_experts, self.model = session, clock, info.num_experts, info.title
-        self.as_shown = shown
+        self.as_shown, self.parts = plan.shown, list(plan.parts)
+        self.ended = False
         self.begin = self.shown = self.drawn = clock()
         self.first = 0.0
         self.key = uuid.uuid4().hex[:12]
@@ -157,6 +173,11 @@ class _Writer:
         self.added = going_on
         self.looped = False
         self.new_tokens = self.prompt_tokens = 0
+
+    def begin_part(self, part: _Part) -> None:
+        """The model's words from now on follow `part.head`."""
+        self.part = self.parts.pop(0)
+        self.raw += ("\n\n" if self.raw and part.head else "") + part.head
 
     @property
     def written(self) -> list[Turn]:
@@ -242,6 +263,9 @@ class _Writer:
             self.raw, self.looped = self.raw[:start], True
         self.turn.text = self.as_shown(self.raw, True)
         reason = "loop" if self.looped else event.reason
+        if self.parts and reason in ("stop", "length") and self.turn.text.strip():
+            return  # more is to come
+        self.ended = True
         self.turn.reason = reason
         session.checks[self.turn.id] = check_answer(self.turn.text)
         asked_by = [turn.text for turn in session.turns if turn.role == "user"]
@@ -257,8 +281,8 @@ class _Writer:
         if event.trace is not None:
             session.trace = event.trace
             session.payload = trace_payload(event.trace, self.key)
-            if not session.continuing and not session.starting:  # the explorer makes whole answers again
-                asked = [Message(turn.role, turn.text) for turn in session.turns[:-1]]
+            if not session.continuing and not session.starting and session.talk.mode == "chat":
+                asked = list(self.part.messages)  # the explorer makes whole answers again
                 with contextlib.suppress(UsageError):  # too large for the explorer: an answer all the same
                     self.turn.exhibit = session.explorer.add(asked[-1].content, event.trace, asked, self.turn.text).key
 

@@ -87,6 +87,7 @@ class Handlers:
             summary,
             self.talks.payload(session),
             self.talks.kept(session),
+            session,  # so that Gradio does not take somebody who writes for one who has gone
         ]
 
     def _view(self, session: Session) -> list[Any]:
@@ -102,6 +103,8 @@ class Handlers:
 
         `text`: a question that is not in the box; it goes there when it is refused.
         """
+        if session.store is None:  # Gradio forgot a visitor whose computer slept
+            self.talks.enter(session)
         try:
             self._refuse_when_closed()
             if session.question_waits and session.status.key == "status.queued":  # a new one would displace it
@@ -141,7 +144,7 @@ class Handlers:
         """Streams the answer to the waiting question. The engine is freed however this generator ends."""
         if not session.question_waits:
             return
-        same = [gr.skip()] * 3, [gr.skip()] * 7  # the box and the buttons; all that an answer does not change
+        same = [gr.skip()] * 3, [gr.skip()] * 8  # the box and the buttons; all that an answer does not change
         try:
             params = sampling_params(dict(zip(self.sampling, sampling, strict=True)))
         except MingError as error:

@@ -277,7 +277,8 @@ def test_exports_are_inert_in_a_browser(serve: Any, visit: Any, settings: Settin
 # -- accessibility, phone, keys ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("locale", "scheme"), [("en-US", "light"), ("zh-CN", "dark")])
+@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(serve: Any, visit: Any, settings: Settings, locale: str, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
     v = visit(serve(engine("Nothing to worry about."), settings), locale=locale, scheme=scheme)

@@ -238,6 +238,9 @@ def test_a_loop_is_ended_politely(tmp_path: Path) -> None:
 # -- consultation -----------------------------------------------------------------------------------------------------
 
 
+SECTIONS = ("What it may be", "When it is urgent", "Where to go", "What to tell and to ask there")
+
+
 def scripted(messages: Any) -> str:
     """Words questions, and explains with a dose that must not be shown."""
     last = messages[-1].content
@@ -261,7 +264,9 @@ def test_a_consultation_asks_sums_up_and_explains(tmp_path: Path) -> None:
     talk.page.do.explain(talk.session, talk.value("summary") + "\nOther: I smoke")
     talk.answer()
     assert "gastroenterologist" in talk.texts()[-1] and "20 mg" not in talk.texts()[-1]
-    assert "I smoke" in talk.engine.calls[-1][0][-1].content
+    asked = talk.engine.calls[-len(SECTIONS) :]
+    assert all("I smoke" in messages[1].content and messages[-1].role == "assistant" for messages, _ in asked)
+    assert all(title in talk.texts()[-1] for title in SECTIONS) and talk.engine.open_streams == 0
     path = Path(talk.page.do.save_note(talk.session, talk.session.talk.summary)["value"])
     note = path.read_text(encoding="utf-8")
     assert "I smoke" in note and "not checked by a professional" in note and "AI-generated" in note
