@@ -157,7 +157,7 @@ class _Writer:
 
     def __init__(self, session: Session, info: EngineInfo, plan: _Plan, clock: Callable[[], float]):
         self.session, self.clock, self.num_experts, self.model = session, clock, info.num_experts, info.title
-        self.as_shown, self.parts = plan.shown, list(plan.parts)
+        self.as_shown, self.parts, self.talk = plan.shown, list(plan.parts), session.talk
         self.ended = False
         self.begin = self.shown = self.drawn = clock()
         self.first = 0.0
@@ -186,6 +186,11 @@ class _Writer:
 
     def take(self, event: Start | Token | Finish | None) -> bool:
         """Applies one event (None: time passed). True when the page should be updated now."""
+        if (
+            self.session.talk is not self.talk
+        ):  # another conversation is in view, and this answer could not be stopped in time
+            self.ended, self.added = True, False
+            return False
         match event:
             case Start():
                 self._start(event)

@@ -77,6 +77,8 @@ class Session:
     """the person's own"""
     search: str = ""
     """what the list of conversations is searched for"""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """what the browser was last told to keep"""
     incognito: bool = False
     """what is said now is kept nowhere"""
     starting: str = ""
@@ -196,7 +198,19 @@ def clear(session: Session) -> None:
     stop(session)
     kept = {
         name: getattr(session, name)
-        for name in ("lang", "east", "account", "exam", "store", "incognito", "starting", "preset", "own", "search")
+        for name in (
+            "lang",
+            "east",
+            "account",
+            "exam",
+            "store",
+            "incognito",
+            "starting",
+            "preset",
+            "own",
+            "search",
+            "changes",
+        )
     }
     talk = Conversation(preset=session.preset, system=session.own)
     session.__dict__.update(vars(Session(**kept, talk=talk)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,29 @@ def talk_words(lang: str) -> str:
     return json.dumps({name: t(lang, start + name) for name in names}, ensure_ascii=False)
 
 
+OVERLAP = 3
+"""earlier changes that are handed out once more: of updates that come together the page keeps the last only"""
+
+
+def merged(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several of Database.take_changes as one; what came later counts."""
+    found: dict[str, Any] = dict(changes[-1])
+    tables: dict[str, dict[tuple[Any, ...], Any]] = {}
+    for change in changes:
+        if "rows" not in change:
+            continue
+        found |= {"columns": change["columns"], "keys": change["keys"]}
+        for table, rows in change["rows"].items():
+            at = [change["columns"][table].index(name) for name in change["keys"][table]]
+            tables.setdefault(table, {}).update({tuple(row[i] for i in at): row for row in rows})
+        for table, keys in change["gone"].items():
+            tables.setdefault(table, {}).update({tuple(key): None for key in keys})
+    if tables:
+        found["rows"] = {table: [row for row in rows.values() if row is not None] for table, rows in tables.items()}
+        found["gone"] = {table: [key for key, row in rows.items() if row is None] for table, rows in tables.items()}
+    return found
+
+
 class Talks:
     """Opens the store of a visitor, and does what the list asks for. `files`: where exports are written."""
 
@@ -91,7 +114,10 @@ class Talks:
     def kept(self, session: Session) -> str:
         """What the visitor's browser has to keep, as JSON; "" where it keeps nothing."""
         store = session.store
-        return "" if store is None or store.path is not None else json.dumps(store.take_changes(), ensure_ascii=False)
+        if store is None or store.path is not None:
+            return ""
+        session.changes = [*session.changes[-OVERLAP:], store.take_changes()]
+        return json.dumps(merged(session.changes), ensure_ascii=False)
 
     def restore(self, session: Session, kept: str, last: str) -> None:
         """A page was opened: takes back what the browser kept, and opens the conversation that was in view."""
@@ -167,6 +193,7 @@ class Talks:
     def _wipe(self, session: Session, _name: str, _value: Any) -> None:
         chat.clear(session)
         _needed(session).wipe()
+        session.changes = []
 
     def _search(self, session: Session, _name: str, value: Any) -> None:
         session.search = value[:200] if isinstance(value, str) else ""

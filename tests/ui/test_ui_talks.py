@@ -18,7 +18,7 @@ from ming_app.ui.chat import Session
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.page import Page
 from ming_app.ui.talks import talk_words
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, long_text
 
 SAMPLING = (0.0, 64.0, 0.9, 40, 0, 1.05, 7)
 
@@ -312,3 +312,30 @@ def test_every_visitor_begins_a_conversation_of_their_own(talk: Chat) -> None:
     assert visitors[0].talk.id != visitors[1].talk.id
     talk.shown = talk.page.do.show(talk.session)
     assert len(talk.items) == 2 and all(len(visitor.talk.nodes) == 2 for visitor in visitors)
+
+
+def test_changes_overlap_so_that_none_is_lost_on_the_way(tmp_path: Path) -> None:
+    """Of two updates that come together the page keeps the last: it holds what the one before held, too."""
+    talk = Chat(tmp_path, progress="browser")
+    talk.ask("one")
+    first = talk.session.talk.id
+    talk.act("new")
+    talk.ask("two")
+    told = json.loads(talk.value("kept"))
+    assert {row[0] for row in told["rows"]["conversations"]} == {first, talk.session.talk.id}
+    talk.act("delete", first)
+    told = json.loads(talk.value("kept"))
+    assert [first] in told["gone"]["conversations"] and first not in {row[0] for row in told["rows"]["conversations"]}
+
+
+def test_an_answer_that_cannot_be_stopped_does_not_enter_another_conversation(tmp_path: Path) -> None:
+    talk = Chat(tmp_path, FakeEngine(long_text(50), delay=0.01))
+    talk.page.do.ask(talk.session, "slow")
+    steps = talk.page.do.answer(talk.session, *SAMPLING)
+    for _ in range(3):
+        next(steps)
+    run, talk.session.run = talk.session.run, None  # as if waiting for it had been given up
+    chat.clear(talk.session)
+    talk.session.run = run
+    list(steps)
+    assert talk.session.turns == [] and talk.engine.open_streams == 0
