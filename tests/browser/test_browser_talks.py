@@ -332,3 +332,48 @@ def test_wide_screens(serve: Any, visit: Any, settings: Settings) -> None:
     talk(v, "q")
     assert v.page.evaluate("document.documentElement.scrollWidth") <= 2560
     v.shot("talks-2560")
+
+
+def test_the_chat_by_keyboard_alone(serve: Any, visit: Any, settings: Settings) -> None:
+    """Ask, stop, open another conversation, rename, delete, choose a branch: without a mouse."""
+    v = visit(serve(engine("ok"), settings))
+
+    def reach(selector: str) -> None:
+        for _ in range(90):
+            v.page.keyboard.press("Tab")
+            if v.page.evaluate("selector => document.activeElement?.matches(selector)", selector):
+                return
+        raise AssertionError(f"{selector} cannot be reached by keyboard")
+
+    reach("#ming-input textarea")
+    v.answers = 1
+    v.page.keyboard.type("first question")
+    v.page.keyboard.press("Enter")
+    v.finished()
+    v.page.keyboard.press("ArrowUp")
+    area = v.page.locator("#ming-chat textarea")
+    area.wait_for()
+    area.focus()
+    v.page.keyboard.press("ControlOrMeta+a")
+    v.page.keyboard.type("first question, edited")
+    reach("#ming-chat button[aria-label='Send the edited question']")
+    v.page.keyboard.press("Enter")
+    v.until(lambda: "edited" in v.text("#ming-chat"))
+    v.page.wait_for_selector(".m-branch")
+    reach(".m-branch button:not(:disabled)")
+    v.page.keyboard.press("Enter")
+    v.until(lambda: "1/2" in v.text(".m-branch") and "edited" not in v.text("#ming-chat"))
+    reach(".tk-rename")
+    v.page.keyboard.press("Enter")
+    v.page.wait_for_selector(".tk-name")
+    v.page.keyboard.press("ControlOrMeta+a")
+    v.page.keyboard.type("By keys")
+    v.page.keyboard.press("Enter")
+    v.until(lambda: titles(v) == ["By keys"])
+    reach(".tk-delete")
+    v.page.keyboard.press("Enter")
+    v.page.wait_for_selector(".tk-yes:visible")
+    assert v.page.evaluate("document.activeElement.className") == "tk-yes"
+    v.page.keyboard.press("Enter")
+    v.until(lambda: titles(v) == [] and v.page.locator("#ming-chat [data-testid=bot]").count() == 0)
+    assert v.errors == []
