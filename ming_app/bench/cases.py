@@ -34,9 +34,9 @@ class Case:
 
     name: str
     peer: str
-    """engine, engine-base, llama, generate, exam, fidelity, or "" for a fresh process per measurement"""
+    """engine, engine-base, llama, generate, exam, safety, fidelity, or "" for a fresh process per measurement"""
     measure: str
-    """decode, decode-no-trace, prefill; open-bank (60,000 questions), statistics (100,000 answers) for exam; load, rss for
+    """decode, decode-no-trace, prefill; open-bank (60,000 questions), statistics (100,000 answers) for exam; triage (one message); load, rss for
     a fresh process; kl:mix and the like for fidelity"""
     unit: str
     against: tuple[str, ...] = ()
@@ -57,6 +57,7 @@ CASES: tuple[Case, ...] = (
     Case("rss", "", "rss", "bytes"),
     Case("open-bank", "exam", "open-bank", "s"),
     Case("statistics", "exam", "statistics", "s"),
+    Case("triage", "safety", "triage", "ms"),
     *(
         Case(f"{measure}-{recipe}", "fidelity", f"{measure}:{recipe}", "nats" if measure == "kl" else "share", (), True)
         for recipe in RECIPES

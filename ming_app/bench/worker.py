@@ -18,6 +18,7 @@ from ming_app.answering import answer
 from ming_app.bench.exam import exam_peer
 from ming_app.bench.fidelity import fidelity_peer
 from ming_app.bench.peers import Setup
+from ming_app.bench.safety import safety_peer
 from ming_app.console import Console
 from ming_app.engine.types import Message, SamplingParams
 from ming_app.errors import MingError
@@ -159,6 +160,7 @@ PEERS = {
     "llama": llama_peer,
     "generate": generate_peer,
     "exam": exam_peer,
+    "safety": safety_peer,
     "fidelity": fidelity_peer,
 }
 

@@ -79,6 +79,12 @@ def assess(messages: Sequence[str]) -> Assessment:
     return Assessment(tuple(flags), language(said[-1]) if said else "en")
 
 
+def forget() -> None:
+    """Empties the memory of what was looked through, for a measurement."""
+    scan.cache_clear()
+    _window.cache_clear()
+
+
 def danger(messages: Sequence[str]) -> float:
     """The score of the last messages, from 0 to 1."""
     last = tuple(text for text in messages if text.strip())[-3:]
