@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 
 from ming_app.safety import score as scoring
-from ming_app.safety.red_flags import features, rules_true
+from ming_app.safety.red_flags import features, rules_true, scan
 from ming_app.safety.rules import FOLDER
 
 SENTENCES = Path(__file__).parents[1] / "tests" / "safety" / "sentences"
 PENALTY = 1 / 30
 RARE, KEPT = 2, 12_000
 FOLDS = 5
-MOST_FALSE = {"zh": 0.026, "en": 0.05}
+MOST_FALSE = {"zh": 0.03, "en": 0.065}
 """share of harmless sentences that may raise a flag where thresholds are chosen; English is harder to tell apart"""
 STEPS = [step / 100 for step in range(2, 100)]
 
@@ -136,7 +136,7 @@ def fit(lang: str) -> None:
     """Learns, chooses thresholds, writes the weights of one language, prints what was measured."""
     tune, test = split([s for s in read("labelled") if s.lang == lang])
     sentences = tune + [s for s in read("more") if s.lang == lang]
-    rows = [features(s.turns, lang) for s in sentences]
+    rows = [features([scan(text) for text in s.turns], lang) for s in sentences]
     raised = torch.tensor([strongest(s) for s in sentences])
     labels = torch.tensor([float(s.red_flag) for s in sentences], dtype=torch.float64)
     unseen = torch.zeros(len(rows), dtype=torch.float64)
@@ -161,7 +161,7 @@ def fit(lang: str) -> None:
     (FOLDER / f"score_{lang}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     scoring.weights.cache_clear()
     report(f"{lang} unseen folds of {len(rows)}", _flagged(unseen, raised, low, high), danger)
-    held = [features(s.turns, lang) for s in test]
+    held = [features([scan(text) for text in s.turns], lang) for s in test]
     held_raised = torch.tensor([strongest(s) for s in test])
     held_danger = torch.tensor([s.red_flag for s in test])
     report(
@@ -173,7 +173,7 @@ def fit(lang: str) -> None:
 
 def strongest(sentence: Sentence) -> int:
     """2 where a certain rule is true, 1 where another is, else 0."""
-    true = rules_true(sentence.turns)
+    true = rules_true([scan(text) for text in sentence.turns])
     return 2 if any(rule.certain for rule in true) else int(bool(true))
 
 

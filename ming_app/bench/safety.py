@@ -1,6 +1,6 @@
 """The safety layer's figure: looking one message through for signs of an emergency, in milliseconds. Needs no model.
 
-The messages are the stems of examples/banks and a few lay ones; what was looked through once is forgotten before each round.
+The messages are the stems of examples/banks and a few lay ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ming_app.bench.peers import Setup
 from ming_app.exam.bank import Shelf
-from ming_app.safety.red_flags import assess, forget
+from ming_app.safety.red_flags import assess
 
 LAY = (
     "my husband has crushing chest pain and is sweating",
@@ -28,7 +28,6 @@ def safety_peer(_setup: Setup) -> Callable[[str], float]:
     assess(messages[:1])
 
     def measure(_name: str) -> float:
-        forget()
         times = []
         for message in messages:
             start = time.perf_counter()

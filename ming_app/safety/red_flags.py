@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 from ming_app.safety import numbers
 from ming_app.safety import score as scoring
@@ -60,66 +59,70 @@ class Assessment:
 
 
 RANK = (
-    "self_harm", "anaphylaxis", "drowning", "electric", "swallowed", "obstetric", "ectopic", "infant", "cardiac", "stroke",
-    "poisoning", "airway", "seizure", "bites", "head_injury", "trauma", "burns", "heat", "metabolic", "sepsis", "bleeding",
+    "self_harm", "arrest", "drowning", "electric", "anaphylaxis", "airway", "swallowed", "obstetric", "ectopic", "infant",
+    "cardiac", "stroke", "poisoning", "seizure", "bites", "head_injury", "trauma", "burns", "heat", "metabolic", "sepsis", "bleeding",
     "consciousness", "clot", "torsion", "cauda_equina", "vision", "limb", "abdomen", "harm_others", "psychosis", "shock",
     "other",
 )  # fmt: skip
 """categories; of several, the banner takes the first: what has a cause of its own comes before what may have many"""
 
 
-def assess(messages: Sequence[str]) -> Assessment:
+@dataclass
+class Memory:
+    """What was looked through before in one conversation. It belongs to whoever asks, so that no text outlives it."""
+
+    scans: dict[str, Scan] = field(default_factory=dict)
+    windows: dict[tuple[str, ...], tuple[Flag, ...]] = field(default_factory=dict)
+
+
+def assess(messages: Sequence[str], memory: Memory | None = None) -> Assessment:
     """What the person's messages (oldest first) say. Pure: the same messages always give the same answer."""
+    known = memory or Memory()
     said = [text for text in messages[-MESSAGES:] if text.strip()]
     found: dict[str, Flag] = {}
     for end in range(1, len(said) + 1):
-        for flag in _window(tuple(said[max(0, end - WINDOW) : end])):
+        window = tuple(said[max(0, end - WINDOW) : end])
+        if window not in known.windows:
+            known.scans |= {text: scan(text) for text in window if text not in known.scans}
+            known.windows[window] = _window([known.scans[text] for text in window])
+        for flag in known.windows[window]:
             found.setdefault(flag.rule, flag)
     flags = sorted(found.values(), key=lambda flag: RANK.index(flag.category))
     return Assessment(tuple(flags), language(said[-1]) if said else "en")
 
 
-def forget() -> None:
-    """Empties the memory of what was looked through, for a measurement."""
-    scan.cache_clear()
-    _window.cache_clear()
-
-
 def danger(messages: Sequence[str]) -> float:
     """The score of the last messages, from 0 to 1."""
-    last = tuple(text for text in messages if text.strip())[-3:]
-    lang = language("\n".join(last))
-    return scoring.score(features(last, lang), lang).value if last else 0.0
+    scans = [scan(text) for text in messages[-3:] if text.strip()]
+    lang = language("\n".join(found.text for found in scans))
+    return scoring.score(features(scans, lang), lang).value if scans else 0.0
 
 
-def rules_true(messages: Sequence[str]) -> list[Rule]:
+def rules_true(scans: Sequence[Scan]) -> list[Rule]:
     """The rules that are true over all of the messages together."""
-    scans = [scan(text) for text in messages]
     names = frozenset().union(*(found.names for found in scans))
     wider = names.union(*(found.conditional for found in scans))
     return [rule for rule in rule_book().rules if rule.when(wider if rule.intent else names)]
 
 
-def features(messages: Sequence[str], lang: str) -> set[str]:
+def features(scans: Sequence[Scan], lang: str) -> set[str]:
     """What the score of messages, taken together, is made of."""
-    scans = [scan(text) for text in messages]
     names = frozenset().union(*(found.names for found in scans))
     conditional = frozenset().union(*(found.conditional for found in scans)) - names
-    rules = [rule.id for rule in rules_true(messages)]
+    rules = [rule.id for rule in rules_true(scans)]
     words = scoring.text_features("\n".join(found.text for found in scans), lang)
     return words | scoring.name_features(names, conditional, rules)
 
 
-@lru_cache(maxsize=1024)
-def _window(messages: tuple[str, ...]) -> tuple[Flag, ...]:
+def _window(scans: Sequence[Scan]) -> tuple[Flag, ...]:
     """Flags of the last message in the light of those before it: rules read all of them, the score the last, and the last
     three together. A rule that is not certain needs some score; a high score counts without a rule."""
-    lang = language("\n".join(messages[-3:]))
+    lang = language("\n".join(found.text for found in scans[-3:]))
     model = scoring.weights(lang)
-    scores = [scoring.score(features(part, lang), lang) for part in {messages[-1:], messages[-3:], messages}]
-    best = max(scores, key=lambda one: one.value)
-    words = {name: word for text in messages for name, word in scan(text).words}
-    flags = [_flag(rule, words) for rule in rules_true(messages) if rule.certain or best.value >= model.low]
+    sizes = sorted({1, min(3, len(scans)), len(scans)})
+    best = max((scoring.score(features(scans[-size:], lang), lang) for size in sizes), key=lambda one: one.value)
+    words = {name: word for found in scans for name, word in found.words}
+    flags = [_flag(rule, words) for rule in rules_true(scans) if rule.certain or best.value >= model.low]
     if not flags and best.value >= model.high:
         flags = [Flag("score", best.category or "other", best.matched, "training/safety_score.py")]
     return tuple(flags)
@@ -130,7 +133,6 @@ def _flag(rule: Rule, words: dict[str, str]) -> Flag:
     return Flag(rule.id, rule.category, matched, rule.source)
 
 
-@lru_cache(maxsize=512)
 def scan(text: str) -> Scan:
     """What holds in one message."""
     return _Reader(rule_book(), text).read()
@@ -176,16 +178,12 @@ class _Reader:
     # -- the whole message ---------------------------------------------------------------------------------------
 
     def _is_told_of_others(self) -> bool:
-        """A question of study, or of a story: nobody is in danger, unless someone speaks of themselves, now."""
+        """A question of study, or of a story: nobody is in danger, unless someone speaks of themselves or theirs."""
         for section in ("study", "fiction"):
             context = self.contexts[section]
             if any(context[f"message_{lang}"].search(self.text) for lang in self.langs):
                 study = self.contexts["study"]
-                personal = any(
-                    study[f"personal_{lang}"].search(self.text) and study[f"now_{lang}"].search(self.text)
-                    for lang in self.langs
-                )
-                return not personal
+                return not any(study[f"personal_{lang}"].search(self.text) for lang in self.langs)
         return False
 
     # -- one place -----------------------------------------------------------------------------------------------
@@ -235,7 +233,7 @@ class _Reader:
     def _is_list_item(self, lang: str, before: str) -> bool:
         """Nothing before the words but "or", "and": the clause goes on with a list that began before."""
         if lang == "zh":
-            return len(before.strip()) <= 2
+            return before.strip() in ("", "和", "或", "及", "与", "跟", "也", "以及", "或者", "或是", "还有")
         return re.fullmatch(r"\W*(?:(?:or|and|nor|any|no|even|also)\W*)*(?:[a-z]+\W+)?", before) is not None
 
     def _topic(self, lang: str, before: str, after: str) -> bool:

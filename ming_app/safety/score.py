@@ -18,6 +18,8 @@ from ming_app.safety.rules import FOLDER
 
 _TOKEN = re.compile(r"[a-z]+|\d+|[\u3400-\u9fff]|[?!]")
 _FIGURE = re.compile(r"\d+(?:\.\d+)?")
+CLEAR = 0.4
+"""share of the votes that names a category; else it stays open"""
 LONGEST = {"zh": 4, "en": 3}
 """tokens of a feature; a Chinese token is a character"""
 
@@ -36,7 +38,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Score:
-    """`value` in [0, 1]; `category` that the features speak for ("" for none); `matched`: the words that weighed most."""
+    """`value` in [0, 1]; `category` that the features speak for ("" where they do not agree); `matched`: the words that weighed most."""
 
     value: float
     category: str
@@ -104,7 +106,8 @@ def _category(known: Sequence[str], model: Weights) -> str:
         if feature in model.categories:
             category, share = model.categories[feature]
             votes[category] += share
-    return max(sorted(votes), key=lambda name: votes[name]) if votes else ""
+    first = max(sorted(votes), key=lambda name: votes[name], default="")
+    return first if first and votes[first] >= sum(votes.values()) * CLEAR else ""
 
 
 def _strongest(known: Sequence[str], model: Weights) -> tuple[str, ...]:

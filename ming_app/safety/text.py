@@ -30,15 +30,23 @@ def _to_simplified() -> Any:
 
 def plain(text: str) -> str:
     """NFKC, no invisible characters, simplified Chinese, small letters, ASCII punctuation, no apostrophes."""
-    if len(text) > MAX_CHARS:
-        text = text[: MAX_CHARS // 2] + "\n" + text[-MAX_CHARS // 2 :]
-    text = unicodedata.normalize("NFKC", text.translate(_WIDE))
+    text = _shortened(text)
+    text = _shortened(unicodedata.normalize("NFKC", text.translate(_WIDE)))
     text = _INVISIBLE.sub("", text)
     if _CJK.search(text):
         text = _to_simplified().convert(text)
     text = text.lower().translate(_WIDE).replace("'", "").replace("`", "")
     text = re.sub(r"[ \t\u3000]+", " ", text)
-    return re.sub(r"([a-z])\1{2,}", r"\1\1", text)  # "sooo"
+    text = re.sub(r"\d{9,}", "00000000", text)
+    text = re.sub(r"([a-z])\1{2,}", r"\1\1", text)  # "sooo"
+    return re.sub(r"(\D)\1{11,}", lambda run: run[0][:12], text)  # patterns need not search through runs
+
+
+def _shortened(text: str) -> str:
+    """The beginning and the end of a text that is too long."""
+    if len(text) <= MAX_CHARS:
+        return text
+    return text[: MAX_CHARS // 2] + "\n" + text[-MAX_CHARS // 2 :]
 
 
 def has_chinese(text: str) -> bool:

@@ -21,7 +21,7 @@ from ming_app.errors import MingError
 from ming_app.molora.trace import RouterTrace
 from ming_app.router.payload import empty_payload
 from ming_app.safety.output import OutputNote, check_answer
-from ming_app.safety.red_flags import Assessment, assess
+from ming_app.safety.red_flags import Assessment, Memory, assess
 from ming_app.ui.explorer import Explorer
 from ming_app.ui.text import refusal
 
@@ -95,6 +95,8 @@ class Session:
     meter: Meter = Meter()
     danger: Assessment = Assessment((), "en")
     """signs of an emergency in what the person has written in this conversation"""
+    memory: Memory = field(default_factory=Memory)
+    """what was looked through for that"""
     urged: bool = False
     """the last answer sends to emergency care, and the question reads like one of somebody in danger"""
     checks: dict[str, tuple[OutputNote, ...]] = field(default_factory=dict)
@@ -252,7 +254,7 @@ def rate(session: Session, index: int, rating: int, comment: str) -> None:
 
 def look(session: Session) -> None:
     """Looks through everything the person has written in the conversation in view."""
-    session.danger = assess([turn.text for turn in session.turns if turn.role == "user"])
+    session.danger = assess([turn.text for turn in session.turns if turn.role == "user"], session.memory)
     session.urged = False
 
 

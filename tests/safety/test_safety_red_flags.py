@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ming_app.safety import numbers, score
 from ming_app.safety.notices import banner, triage
-from ming_app.safety.red_flags import RANK, assess, scan
+from ming_app.safety.red_flags import RANK, assess
 from ming_app.safety.rules import FOLDER, RuleError, rule_book, truth
 from ming_app.safety.text import language, plain
 from training.safety_score import read, split
@@ -44,7 +44,7 @@ def test_the_sentences_are_many_and_apart() -> None:
     assert len(labelled) >= 400 and {s.lang for s in labelled} == {"zh", "en"}
     kinds = Counter(sentence.kind for sentence in labelled)
     assert all(kinds[kind] >= 10 for kind in ("near_miss", "study", "negation", "past", "metaphor", "turns", "typo"))
-    assert {s.category for s in labelled if s.red_flag} >= set(RANK) - {"other"}
+    assert {s.category for s in labelled if s.red_flag} >= set(RANK) - {"other", "arrest"}
     texts = Counter("|".join(sentence.turns) for sentence in labelled + more)
     assert max(texts.values()) == 1
 
@@ -76,6 +76,14 @@ def test_it_is_quick() -> None:
         ("宝宝才40天，发烧38.6度", "infant"),
         ("my baby is 5 weeks old and has a fever of 101.5", "infant"),
         ("my toddler swallowed a button battery", "swallowed"),
+        ("考试没考好，我吞了一瓶安眠药", "poisoning"),
+        ("老师说我脸歪了，话也说不清", "stroke"),
+        ("未婚夫突然昏迷叫不醒", "consciousness"),
+        ("我爷爷没有心跳没有呼吸了", "arrest"),
+        ("my husband collapsed and isn't breathing", "arrest"),
+        ("I don't think I can keep myself safe tonight", "self_harm"),
+        ("homework stress made me take 40 paracetamol", "poisoning"),
+        ("宝宝被果冻噎住了脸发紫", "airway"),
         ("孕33周，突然流了好多血", "obstetric"),
     ],
 )
@@ -223,7 +231,6 @@ def test_long_and_hostile_texts_are_read_in_time() -> None:
         "\ud800x",
     ):
         assess([text])
-        scan.cache_clear()
     assert time.perf_counter() - begin < 30
 
 
