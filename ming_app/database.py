@@ -119,13 +119,24 @@ class Database:
         )
         return _connected(path, self._schema)
 
-    def _back_up(self, db: sqlite3.Connection) -> None:
-        """A copy a day, written under another name and renamed; none of an empty file."""
+    def back_up_now(self) -> None:
+        """Makes the backup anew where there is one, so that it holds nothing that was deleted."""
         backup = self._backup_path
-        if backup is None or not db.execute(f"SELECT 1 FROM {self._schema.used} LIMIT 1").fetchone():
+        if backup is not None and backup.is_file():
+            with self._lock:
+                self._back_up(self._db, 0.0)
+
+    def _back_up(self, db: sqlite3.Connection, every: float = BACKUP_EVERY) -> None:
+        """A copy a day, written under another name and renamed; of an empty file none."""
+        backup = self._backup_path
+        if backup is None:
+            return
+        if not db.execute(f"SELECT 1 FROM {self._schema.used} LIMIT 1").fetchone():
+            if not every:
+                backup.unlink(missing_ok=True)
             return
         with suppress(OSError):
-            if self.now() - backup.stat().st_mtime < BACKUP_EVERY:
+            if self.now() - backup.stat().st_mtime < every:
                 return
         part = backup.with_suffix(".part")
         with suppress(OSError, sqlite3.Error):
@@ -242,8 +253,8 @@ class Database:
             self._db.execute("VACUUM")
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if self.path is not None:
-            for old in (self._backup_path, *self.path.parent.glob(f"{self.path.stem}.damaged-*")):
-                if old is not None:
+            for pattern in (f"{self.path.stem}.damaged-*", f"{self.path.stem}.backup*"):
+                for old in self.path.parent.glob(pattern):
                     old.unlink(missing_ok=True)
 
 
@@ -255,6 +266,7 @@ def _connected(path: Path | str, schema: Schema) -> sqlite3.Connection:
     try:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
+        db.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten
         if db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
             damaged = sqlite3.DatabaseError("the file is damaged")
             damaged.sqlite_errorcode = sqlite3.SQLITE_CORRUPT

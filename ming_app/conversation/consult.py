@@ -25,8 +25,8 @@ QUESTION = SamplingParams(max_new_tokens=60, temperature=0.3, trace=True)
 LONGEST = 160  # characters of a worded question
 
 _ORDER = re.compile(
-    r"\b(?:prescri\w+|what (?:medicine|medication|drug|pill|tablet|antibiotic|dose)\w*|which (?:medicine|medication|drug|pill|antibiotic)\w*|how (?:much|many) \w+ (?:should|can|do) i (?:take|give)|what dose|dosage|(?:should|can) i (?:take|give \w+) (?:an? )?(?:antibiotic|aspirin|ibuprofen|paracetamol|tylenol|steroid|pill|tablet)\w*|give me (?:a |some )?(?:medicine|drug|pill|prescription))\b"
-    r"|开(?:点|些|个|什么|啥)?药|开(?:个|张)?处方|吃什么药|吃啥药|用什么药|用啥药|该吃(?:哪|什么)|(?:吃|用|打)多少|多大剂量|剂量是?多少|一次(?:吃|用)几|推荐.{0,4}药|给我.{0,4}药"
+    r"\b(?:(?:can|could|will|would|please|to|just) (?:you )?prescribe|prescribe me|(?:need|want|give me|get) (?:a |the |your )?prescription|what (?:medicine|medication|drug|pill|tablet|antibiotic|dose)\w*|which (?:medicine|medication|drug|pill|antibiotic)\w*|how (?:much|many) \w+ (?:should|can|do) i (?:take|give)|what dose|dosage|(?:should|can) i (?:take|give \w+) (?:an? )?(?:antibiotic|aspirin|ibuprofen|paracetamol|tylenol|steroid|pill|tablet)\w*|give me (?:a |some )?(?:medicine|drug|pill|prescription))\b"
+    r"|(?<!给我)(?<!医生)(?<!医院)开(?:点|些|个|什么|啥)药(?!了)|(?:请|帮我?|给我|能不能|可以|麻烦)(?:您|你)?(?:给我)?开(?:点|些|个|什么|啥)?药(?!了)|(?:请|帮我?|给我|能不能|可以)(?:您|你)?(?:给我)?开(?:个|张)?处方|吃什么药|吃啥药|用什么药|用啥药|该吃(?:哪|什么)|(?:吃|用|打)多少|多大剂量|剂量是?多少|一次(?:吃|用)几|推荐.{0,4}药|给我(?!开了).{0,4}药"
 )
 
 
@@ -65,8 +65,21 @@ def word(name: str, lang: str, **values: str) -> str:
 
 def answered(path: Sequence[Turn]) -> list[tuple[Step, str]]:
     """The steps that were answered, with the person's words. An order for a drug answers nothing."""
-    said = [turn.text for turn in path if turn.role == "user" and not asks_for_drug(turn.text)]
+    said = [
+        turn.text
+        for turn, answer in zip(path, [*path[1:], None], strict=True)
+        if turn.role == "user" and not refused(answer)
+    ]
     return list(zip(steps(), said, strict=False))
+
+
+ORDER = "order"
+"""Turn.reason of the answer to a request for a drug"""
+
+
+def refused(answer: Turn | None) -> bool:
+    """Whether an answer is the one that a request for a drug gets."""
+    return answer is not None and answer.reason == ORDER
 
 
 def pending(path: Sequence[Turn]) -> Step | None:

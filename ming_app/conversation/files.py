@@ -7,7 +7,6 @@ breaks a rule refuses the file with a reason. Nothing in it is ever shown as mar
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from ming_app.conversation.tree import MAX_TITLE, MODES, RATINGS, Conversation, 
 from ming_app.database import StoreError
 from ming_app.safety.notices import AI_LABEL
 
-MAX_BYTES = 5 << 20
+MAX_BYTES = 20 << 20
 MAX_CONVERSATIONS = 500
 MAX_TURNS = 2_000
 MAX_TEXT = 60_000
@@ -76,12 +75,12 @@ def to_json(talks: Sequence[Conversation]) -> bytes:
 
 
 def to_markdown(talk: Conversation, lang: str) -> str:
-    """The path in view. Fenced so that no text of it can pass for a heading."""
+    """The path in view; no text of it can pass for a heading or open a tag."""
     lines = [f"# {_plain_line(talk.title)}", "", f"> {AI_LABEL[lang]}", ""]
     for turn in talk.path:
-        lines += [f"## {ROLE[lang][turn.role]} · {_when(turn.at)}", "", turn.text.rstrip(), ""]
+        lines += [f"## {ROLE[lang][turn.role]} · {_when(turn.at)}", "", in_markdown(turn.text), ""]
     if talk.summary:
-        lines += ["## Summary" if lang == "en" else "## 摘要", "", talk.summary.rstrip(), ""]
+        lines += ["## Summary" if lang == "en" else "## 摘要", "", in_markdown(talk.summary), ""]
     lines += [
         "---",
         f"{AI_LABEL[lang]} ming-app {__version__}",
@@ -89,6 +88,12 @@ def to_markdown(talk: Conversation, lang: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def in_markdown(text: str) -> str:
+    """Text within Markdown: headings of its own are none, and no tag opens."""
+    text = re.sub(r"^(\s*)(#{1,6}\s|---|===)", r"\1\\\2", text.rstrip(), flags=re.M)
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\<", text)
 
 
 def to_html(talk: Conversation, lang: str) -> str:
@@ -157,6 +162,14 @@ def from_json(data: bytes) -> list[Conversation]:
     return [_conversation(value, at) for at, value in enumerate(found, 1)]
 
 
+def _rooted(turns: list[Turn]) -> list[Turn]:
+    """Turns whose parent is not among them begin anew."""
+    ids = {turn.id for turn in turns}
+    for turn in turns:
+        turn.parent = turn.parent if turn.parent in ids else ""
+    return turns
+
+
 def from_rows(tables: Any) -> list[Conversation]:
     """The conversations that a browser kept as rows (database.py), with their own ids; what breaks a rule is left out."""
     if not isinstance(tables, dict):
@@ -165,7 +178,7 @@ def from_rows(tables: Any) -> list[Conversation]:
     def dicts(name: str) -> list[dict[str, Any]]:
         columns, rows = tables.get("columns"), tables.get(name)
         names = columns.get(name) if isinstance(columns, dict) else None
-        if not isinstance(names, list) or not isinstance(rows, list):
+        if not isinstance(names, list) or not isinstance(rows, list) or not all(isinstance(n, str) for n in names):
             return []
         return [dict(zip(names, row, strict=False)) for row in rows[: MAX_CONVERSATIONS * 50] if isinstance(row, list)]
 
@@ -187,7 +200,7 @@ def _conversation(value: Any, at: int, name: str = "") -> Conversation:
     where = f"conversation {at}", f"第 {at} 个对话"
     if not isinstance(value, dict) or not isinstance(value.get("turns"), list) or len(value["turns"]) > MAX_TURNS:
         raise _foreign(f"{where[0]} is damaged", f"{where[1]}已损坏")
-    turns = [_turn(turn, where) for turn in value["turns"]]
+    turns = _rooted([_turn(turn, where) for turn in value["turns"]])
     if not whole(turns):
         raise _foreign(f"the turns of {where[0]} form no tree", f"{where[1]}的消息结构无效")
     if name and not all(_ID.fullmatch(turn.id) for turn in turns):
@@ -245,7 +258,7 @@ def _text(value: Any, most: int) -> str:
 
 
 def _time(value: Any) -> float:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < FAR
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < FAR  # not with NaN
     return float(value) if good else time.time()
 
 

@@ -45,6 +45,8 @@ def m002_consultation_and_feedback(db: sqlite3.Connection) -> None:
 
 CONVERSATION = ("id", "title", "created", "updated", "pinned", "preset", "system", "leaf", "mode", "summary")
 TURN = ("id", "parent", "role", "text", "reason", "at", "model", "rating", "comment")
+WRITTEN = ("updated", "preset", "system", "leaf", "mode", "summary")
+"""what `save` changes of a conversation that is kept already"""
 SCHEMA = Schema(
     tables={"conversations": CONVERSATION, "turns": ("conversation", *TURN)},
     keys={"conversations": ("id",), "turns": ("conversation", "id")},
@@ -86,6 +88,10 @@ class ConversationStore(Database):
         found = self.rows(f"{sql} ORDER BY pinned DESC, updated DESC LIMIT {FOUND}", values)
         return [Entry(row[0], row[1], row[2], bool(row[3]), row[4]) for row in found]
 
+    def ids(self) -> list[str]:
+        """Of all conversations, oldest first."""
+        return [name for (name,) in self.rows("SELECT id FROM conversations ORDER BY created")]
+
     def load(self, name: str) -> Conversation:
         """Raises StoreError for one that is not there."""
         found = self.rows(f"SELECT {', '.join(CONVERSATION)} FROM conversations WHERE id=?", [name])
@@ -96,16 +102,19 @@ class ConversationStore(Database):
         for row in self.rows(f"SELECT {', '.join(TURN)} FROM turns WHERE conversation=? ORDER BY at", [name]):
             turn = Turn(**dict(zip(TURN, row, strict=True)))
             made.nodes[turn.id] = turn
-        if made.leaf not in made.nodes:  # dropped by another window
+        for turn in made.nodes.values():
+            turn.parent = turn.parent if turn.parent in made.nodes else ""  # taken back by another window
+        if made.leaf not in made.nodes:
             made.leaf = max(made.nodes.values(), key=lambda turn: turn.at).id if made.nodes else ""
         return made
 
     def save(self, talk: Conversation, *turns: Turn) -> None:
-        """The conversation's head, and these turns of it."""
+        """The conversation's head, and these turns of it. Title and pin of one that is kept already stay: another window
+        may have changed them (`rename`, `pin`)."""
         self._touch("conversations", talk.id)
         with self._write() as db:
             head = [getattr(talk, name) for name in CONVERSATION]
-            changes = ", ".join(f"{name}=excluded.{name}" for name in CONVERSATION[1:])
+            changes = ", ".join(f"{name}=excluded.{name}" for name in WRITTEN)
             db.execute(f"{self.insert('conversations')} ON CONFLICT DO UPDATE SET {changes}", head)
             for turn in turns:
                 self._touch("turns", talk.id, turn.id)
@@ -114,10 +123,16 @@ class ConversationStore(Database):
                 db.execute(f"{self.insert('turns')} ON CONFLICT DO UPDATE SET {changes}", row)
 
     def drop_turn(self, talk: Conversation, turn: Turn) -> None:
-        """A turn that was taken back."""
-        self._touch("turns", talk.id, turn.id)
+        """A turn that was taken back; the conversation too when it was the only one. One that another window has answered
+        meanwhile stays."""
+        where = [talk.id, turn.id]
+        if self.rows("SELECT 1 FROM turns WHERE conversation=? AND parent=? LIMIT 1", where):
+            return
+        self._touch("turns", *where)
         with self._write() as db:
-            db.execute("DELETE FROM turns WHERE conversation=? AND id=?", [talk.id, turn.id])
+            db.execute("DELETE FROM turns WHERE conversation=? AND id=?", where)
+        if not self.rows("SELECT 1 FROM turns WHERE conversation=? LIMIT 1", where[:1]):
+            self.delete(talk.id)
 
     def rename(self, name: str, title: str) -> None:
         title = " ".join(title.split())[:MAX_TITLE]
@@ -140,6 +155,7 @@ class ConversationStore(Database):
         with self._write() as db:
             db.execute("DELETE FROM turns WHERE conversation=?", [name])
             db.execute("DELETE FROM conversations WHERE id=?", [name])
+        self.back_up_now()  # what was deleted is not to stay in the backup
 
     def feedback(self) -> list[dict[str, Any]]:
         """Every rated answer with its question, oldest first."""

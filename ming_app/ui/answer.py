@@ -47,14 +47,13 @@ def answer(
     The text changes about 10 times a second, the expert panel 3 times. A refusal by the engine (MingError) is not
     raised: it goes to `session.error`, and the question to `session.returned`.
     """
-    run = session.run = Run()
     plan = _plan(session, params, system)
     if plan.said:  # nothing for the model
         keep(session, session.talk.add(Turn("assistant", plan.said, reason=plan.reason)))
-        session.status, session.run = Note("status.done"), None
-        run.done.set()
+        session.status = Note("status.done")
         yield
         return
+    run = session.run = Run()
     writer = _Writer(session, engine.info, plan, clock)
     pump: Pump | None = None
     try:
@@ -81,8 +80,10 @@ def answer(
             pump.close()
         session.run = None
         session.continuing = False
-        keep(session, *writer.written)
-        run.done.set()
+        try:
+            keep(session, *writer.written)
+        finally:
+            run.done.set()
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,10 @@ def _consultation(session: Session, params: SamplingParams) -> _Plan:
     """The next question, the summary when all are answered, the explanation once the person asked for it."""
     talk, turns, lang = session.talk, session.turns, session.lang
     step = consult.pending(turns)
-    if consult.asks_for_drug(turns[-1].text) and turns[-1].role == "user":
+    if turns[-1].role == "user" and consult.asks_for_drug(turns[-1].text):
+        step = consult.pending(turns[:-1])
         again = f"\n\n{step.asks[lang]}" if step is not None else ""
-        return _Plan(said=consult.word("order", lang) + again)
+        return _Plan(said=consult.word("order", lang) + again, reason=consult.ORDER)
     if step is not None:
         asked = replace(consult.QUESTION, seed=params.seed, deadline=params.deadline)
         return _Plan(
@@ -134,7 +136,7 @@ def _consultation(session: Session, params: SamplingParams) -> _Plan:
             asked,
             lambda text, over: consult.worded(text, step, lang) if over else "",
         )
-    if not talk.summary:
+    if not any(turn.reason == READY for turn in turns):
         talk.summary = consult.compose(turns, lang)
         return _Plan(said=consult.word("ready", lang), reason=READY)
     since = max((at for at, turn in enumerate(turns) if turn.reason == READY), default=len(turns) - 2)

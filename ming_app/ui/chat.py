@@ -83,6 +83,8 @@ class Session:
     """what is said now is kept nowhere"""
     starting: str = ""
     """words that answers are to begin with"""
+    before: str = ""
+    """id of the turn that was in view before the question was edited or asked again"""
     continuing: bool = False
     """the last answer is to be gone on with"""
     run: Run | None = None
@@ -137,6 +139,7 @@ def ask(session: Session, text: str) -> None:
     """Puts a new question at the end. Raises MingError with a text for the person when it cannot be sent."""
     question = _checked(session, text)
     _drop_unanswered(session)
+    session.before = ""
     _begin(session, question)
 
 
@@ -146,6 +149,7 @@ def edit_question(session: Session, index: int, text: str) -> None:
     turns = session.turns
     if not 0 <= index < len(turns) or turns[index].role != "user":
         raise refusal("refuse.empty")
+    session.before = session.talk.leaf
     session.talk.rewind(turns[index - 1] if index else None)
     _begin(session, question)
 
@@ -157,6 +161,7 @@ def ask_again(session: Session, index: int | None = None) -> None:
     asked = [turn for turn in upto if turn.role == "user"]
     if not asked:
         raise refusal("refuse.empty")
+    session.before = session.talk.leaf
     session.talk.rewind(asked[-1])
     _begin(session, None)
 
@@ -178,6 +183,7 @@ def explain(session: Session, summary: str) -> None:
         raise refusal("refuse.empty")
     session.talk.summary = summary.strip()[:MAX_CHARS]
     _drop_unanswered(session)
+    session.before = ""
     _begin(session, consult.word("request", session.lang, summary=session.talk.summary))
 
 
@@ -272,11 +278,16 @@ def keep(session: Session, *turns: Turn) -> None:
 def take_back(session: Session) -> Turn:
     """The last turn leaves the conversation, and where it is kept. One that was asked again, with answers, only leaves the
     view."""
-    turn = session.turns[-1]
-    if any(node.parent == turn.id for node in session.talk.nodes.values()):
-        session.talk.rewind(session.talk.nodes.get(turn.parent))
+    turn, before = session.turns[-1], session.before
+    session.before = ""
+    if any(node.parent == turn.id for node in session.talk.nodes.values()):  # asked again: the answers are there still
+        session.talk.leaf = before if before in session.talk.nodes else turn.parent
         return turn
     session.talk.drop_leaf()
+    if before in session.talk.nodes:  # an edit that was not answered: what it was to replace comes back
+        session.talk.leaf = before
+    if not session.talk.nodes:
+        session.talk.title = ""
     look(session)
     if session.store is not None and not session.incognito:
         with contextlib.suppress(MingError):
@@ -298,7 +309,7 @@ def _begin(session: Session, question: str | None) -> None:
 
 def _checked(session: Session, text: str) -> str:
     _refuse_while_running(session)
-    question = text.strip()
+    question = text.encode("utf-8", "replace").decode("utf-8").strip()  # no lone surrogates
     if not question:
         raise refusal("refuse.empty")
     if len(question) > MAX_CHARS:

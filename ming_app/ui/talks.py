@@ -85,7 +85,9 @@ class Talks:
     def enter(self, session: Session) -> None:
         """The visitor's store, once it is known who they are. What stands in the way is told; the chat works without."""
         if not session.talk.nodes:
-            session.talk = Conversation()  # Gradio copies one session for every visitor: each needs ids of its own
+            session.talk = Conversation(
+                preset=session.preset, system=session.own
+            )  # Gradio copies one session for every visitor: each needs ids of its own
         if session.store is None:
             try:
                 session.store = self._stores.at(home(self._settings, session.account))
@@ -186,9 +188,9 @@ class Talks:
             session.talk.pinned = value is True
 
     def _delete(self, session: Session, name: str, _value: Any) -> None:
-        _needed(session).delete(name)
         if session.talk.id == name:
-            chat.clear(session)
+            chat.clear(session)  # first: an answer that is being written keeps itself when it is stopped
+        _needed(session).delete(name)
 
     def _wipe(self, session: Session, _name: str, _value: Any) -> None:
         chat.clear(session)
@@ -217,8 +219,7 @@ class Talks:
             path.write_text(consult.note(session.talk, lang, when), encoding="utf-8")
         elif value == "all":
             path = folder / f"ming-conversations-{stamp}.json"
-            names = [entry.id for entry in _needed(session).entries()]
-            path.write_bytes(to_file("json", [_needed(session).load(name) for name in names], lang))
+            path.write_bytes(to_file("json", [_needed(session).load(name) for name in _needed(session).ids()], lang))
         elif value in FILES:
             if not session.turns:
                 raise refusal("talk.nothing")

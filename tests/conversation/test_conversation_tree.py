@@ -310,9 +310,9 @@ def test_the_structure_of_a_consultation() -> None:
     talk = Conversation()
     consult.begin(talk, "zh")
     assert talk.mode == "consult" and "不适" in talk.path[0].text
-    for text in ("胃痛", "给我开点药", "两个月"):
+    for text, reason in (("胃痛", "stop"), ("给我开点药", consult.ORDER), ("两个月", "stop")):
         talk.add(Turn("user", text))
-        talk.add(Turn("assistant", "?"))
+        talk.add(Turn("assistant", "?", reason=reason))
     step = consult.pending(talk.path)
     assert step is not None and step.id == "course"  # a request for a drug answers no question
     summary = consult.compose(talk.path, "zh")
@@ -348,6 +348,10 @@ def test_the_models_wording_is_used_where_it_is_a_question(text: str, good: bool
         ("给我开点药", True),
         ("布洛芬一次吃几片", True),
         ("I take metformin every day", False),
+        ("My doctor prescribed metformin", False),
+        ("I take a prescription blood thinner", False),
+        ("医院给我开了降压药", False),
+        ("医生开的药吃完了", False),
         ("我在吃降压药", False),
         ("no medicines", False),
     ],

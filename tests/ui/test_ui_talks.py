@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from ming_app.conversation import consult
+from ming_app.conversation.tree import Conversation, Turn
 from ming_app.errors import MingError
 from ming_app.settings import Settings
 from ming_app.ui import chat, render
@@ -339,3 +341,86 @@ def test_an_answer_that_cannot_be_stopped_does_not_enter_another_conversation(tm
     talk.session.run = run
     list(steps)
     assert talk.session.turns == [] and talk.engine.open_streams == 0
+
+
+# -- what must not be lost --------------------------------------------------------------------------------------------
+
+
+def test_a_retry_or_an_edit_that_is_stopped_brings_back_what_was_there(talk: Chat) -> None:
+    talk.ask("one")
+    talk.ask("two")
+    before = talk.texts()
+    talk.page.do.retry(talk.session, SimpleNamespace(index=3))  # type: ignore[arg-type]
+    chat.stop(talk.session)
+    assert talk.texts() == before
+    talk.page.do.edit(talk.session, SimpleNamespace(index=0, value="ONE"))  # type: ignore[arg-type]
+    chat.stop(talk.session)
+    assert talk.texts() == before and talk.session.returned == "ONE"
+    talk.page.do.edit(talk.session, SimpleNamespace(index=0, value="ONE"))  # type: ignore[arg-type]
+    talk.answer()
+    talk.page.do.ask(talk.session, "taken back")
+    chat.stop(talk.session)
+    assert talk.texts() == ["ONE", "Drink water."]
+
+
+def test_deleting_what_is_being_answered_deletes_it(tmp_path: Path) -> None:
+    talk = Chat(tmp_path, FakeEngine(long_text(200), delay=0.01))
+    talk.page.do.ask(talk.session, "a secret")
+    steps = talk.page.do.answer(talk.session, *SAMPLING)
+    for _ in range(3):
+        next(steps)
+    stopper = threading.Thread(target=lambda: list(steps))
+    stopper.start()
+    talk.act("delete", talk.session.talk.id)
+    stopper.join(20)
+    assert talk.session.store.entries() == []  # type: ignore[union-attr]
+    assert b"a secret" not in b"".join(path.read_bytes() for path in tmp_path.glob("*.sqlite"))
+
+
+def test_a_question_taken_back_leaves_nothing(talk: Chat) -> None:
+    talk.page.do.ask(talk.session, "never mind")
+    chat.stop(talk.session)
+    assert talk.session.store.entries() == [] and talk.session.talk.title == ""  # type: ignore[union-attr]
+
+
+def test_a_turn_whose_question_was_taken_back_elsewhere_is_still_read(talk: Chat) -> None:
+    talk.ask("q")
+    store, made = talk.session.store, talk.session.talk
+    assert store is not None
+    with store._write() as db:
+        db.execute("DELETE FROM turns WHERE id=?", [made.path[0].id])
+    again = store.load(made.id)
+    assert [turn.text for turn in again.path] == ["Drink water."]
+    saved = Path(talk.act("export", value="all"))
+    assert talk.page.do.talks.load_file(talk.session, str(saved)) == 1
+
+
+def test_another_windows_name_and_pin_stay(talk: Chat) -> None:
+    talk.ask("q")
+    store = talk.session.store
+    assert store is not None
+    store.rename(talk.session.talk.id, "From the other window")
+    store.pin(talk.session.talk.id, True)
+    talk.ask("more")
+    assert talk.items[0]["title"] == "From the other window" and talk.items[0]["pinned"]
+
+
+def test_editing_an_answer_of_a_consultation_makes_the_summary_anew(tmp_path: Path) -> None:
+    talk = Chat(tmp_path, FakeEngine(scripted))
+    talk.page.do.choose_mode(talk.session, "consult")
+    for text in ("cough", "a week", "mild", "none", "none", "My doctor prescribed metformin", "none"):
+        talk.ask(text)
+    assert "Medicines: My doctor prescribed metformin" in talk.value("summary")
+    talk.page.do.edit(talk.session, SimpleNamespace(index=13, value="penicillin, rash"))  # type: ignore[arg-type]
+    talk.answer()
+    assert "Allergies: penicillin, rash" in talk.value("summary") and "understood" in talk.texts()[-1]
+
+
+def test_all_are_exported_however_many(talk: Chat) -> None:
+    store = talk.session.store
+    assert store is not None
+    for at in range(230):
+        made = Conversation.of([Turn("user", f"question {at}")])
+        store.save(made, *made.path)
+    saved = json.loads(Path(talk.act("export", value="all")).read_text(encoding="utf-8"))
+    assert len(saved["conversations"]) == 230
