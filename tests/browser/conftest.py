@@ -108,11 +108,12 @@ def chromium() -> Iterator[Any]:
 class Serve:
     """Launches a page over an engine or loader when called; gives its address."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.pages: list[Page] = []
+        self.folder = folder
 
     def __call__(self, engine: Any, settings: Settings | None = None) -> str:
-        settings = (settings or Settings()).with_(port=0)
+        settings = (settings or Settings(data_dir=self.folder)).with_(port=0)
         page = Page(engine if isinstance(engine, EngineLoader) else EngineLoader.of(engine), settings)
         self.pages.append(page)
         return launch(page.blocks, settings, prevent_thread_lock=True)[1]
@@ -123,8 +124,8 @@ class Serve:
 
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    made = Serve()
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    made = Serve(tmp_path / "kept")
     yield made
     for page in made.pages:
         page.blocks.close(verbose=False)

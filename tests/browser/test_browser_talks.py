@@ -204,7 +204,7 @@ def inert(v: Visit) -> None:
     v.page.wait_for_timeout(300)
     bad = v.page.evaluate(
         """() => [...document.querySelectorAll('#ming-main, #ming-exam, #ming-explorer')].flatMap(root =>
-          [...root.querySelectorAll('script, iframe, object, embed, base, style:not(svg style), details[ontoggle], [onerror], [onload], [src="x"], a[href^="javascript"], svg[onload]')]
+          [...root.querySelectorAll('script, iframe, object, embed, base, style:not(svg style):not([id^=plotly]), details[ontoggle], [onerror], [onload], [src="x"], a[href^="javascript"], svg[onload]')]
             .map(e => e.outerHTML.slice(0, 120)))"""
     )
     assert bad == [] and v.dialogs == [] and v.outside == []
@@ -259,6 +259,27 @@ def test_hostile_text_is_inert_everywhere(serve: Any, visit: Any, settings: Sett
     inert(v)
     v.page.get_by_role("tab", name="Experts", exact=True).first.click()
     v.page.wait_for_timeout(1500)
+    inert(v)
+
+
+def test_a_hostile_routing_record_is_inert(serve: Any, visit: Any, settings: Settings, tmp_path: Path) -> None:
+    v = visit(serve(engine("\n\n".join(PAYLOADS)), settings))
+    talk(v, "\n\n".join(PAYLOADS)[:2000])
+    with v.page.expect_download() as download:
+        v.page.click("#ming-save-json")
+    saved = tmp_path / "record.json"
+    download.value.save_as(saved)
+    v.page.locator(".m-open").last.click()
+    v.page.wait_for_selector("#ming-explorer-panel-card .xp-tok:not(.xp-q)")
+    inert(v)
+    with v.page.expect_file_chooser() as chooser:
+        v.page.click("#ming-open-record")
+    chooser.value.set_files(str(saved))
+    v.page.wait_for_timeout(2000)
+    inert(v)
+    for view in v.page.locator("#ming-view label").all():
+        view.click()
+        v.page.wait_for_timeout(300)
     inert(v)
 
 

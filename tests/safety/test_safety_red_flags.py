@@ -28,14 +28,17 @@ def raised(*messages: str) -> str:
 
 
 @pytest.mark.parametrize("lang", ["zh", "en"])
-def test_the_held_out_half(lang: str) -> None:
+@pytest.mark.parametrize("name", ["labelled", "blind"])
+def test_what_was_held_back(lang: str, name: str) -> None:
     """Recall at least 98 %, false alarms at most 5 %, on sentences that neither rules nor weights have seen."""
-    _, held = split([sentence for sentence in read("labelled") if sentence.lang == lang])
+    held = [sentence for sentence in read(name) if sentence.lang == lang]
+    if name == "labelled":
+        _, held = split(held)
     found = [bool(assess(sentence.turns).flags) for sentence in held]
     danger = [flag for flag, sentence in zip(found, held, strict=True) if sentence.red_flag]
     harmless = [flag for flag, sentence in zip(found, held, strict=True) if not sentence.red_flag]
     recall, false = sum(danger) / len(danger), sum(harmless) / len(harmless)
-    print(f"{lang}: recall {recall:.1%} of {len(danger)}, false alarms {false:.1%} of {len(harmless)}")
+    print(f"{name} {lang}: recall {recall:.1%} of {len(danger)}, false alarms {false:.1%} of {len(harmless)}")
     assert len(held) >= 200 and recall >= 0.98 and false <= 0.05
 
 
