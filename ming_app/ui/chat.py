@@ -226,8 +226,10 @@ def clear(session: Session) -> None:
 
 def open_talk(session: Session, talk: Conversation) -> None:
     """Brings a kept conversation into view."""
+    stop(session)
+    returned = session.returned  # a question that still waited goes back into the box
     clear(session)
-    session.talk = talk
+    session.talk, session.returned = talk, returned
     session.incognito = False
     look(session)
     for turn in session.turns:

@@ -142,7 +142,7 @@ class Handlers:
 
     def answer(self, session: Session, *sampling: Any) -> Iterator[list[Any]]:
         """Streams the answer to the waiting question. The engine is freed however this generator ends."""
-        if not session.question_waits:
+        if not session.question_waits or session.status.key != "status.queued":  # what waited was taken back
             return
         same = [gr.skip()] * 3, [gr.skip()] * 8  # the box and the buttons; all that an answer does not change
         try:
