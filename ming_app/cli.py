@@ -353,11 +353,11 @@ def cmd_ask(args: argparse.Namespace, settings: Settings, console: Console, load
 
 def _warn(question: str, settings: Settings, console: Console) -> None:
     """Before the model is even loaded: signs of an emergency in the question, and whom to call."""
-    from ming_app.safety.notices import triage
+    from ming_app.safety.notices import warning
 
-    found = {lang: triage(question, settings.region, lang) for lang in ("en", "zh")}
-    if found["en"]["red_flag"]:
-        console.note(f"!! {found['en']['message']}", f"!! {found['zh']['message']}")
+    said = warning([question], settings.region)
+    if said is not None:
+        console.note(*said)
 
 
 def _after_answer(console: Console, values: dict[str, Any]) -> None:

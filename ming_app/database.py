@@ -297,6 +297,27 @@ def execute_all(db: sqlite3.Connection, statements: str) -> None:
             db.execute(statement)
 
 
+def read_export(
+    data: bytes, mark: str, newest: int, most: int, foreign: Callable[[str, str], StoreError]
+) -> dict[str, Any]:
+    """The JSON object of an export that says its version under `mark`. Raises what `foreign` makes of the reason (English,
+    Chinese) for a file of more than `most` bytes or of another kind, StoreError for a version after `newest`."""
+    if len(data) > most:
+        raise foreign(f"more than {most >> 20} MiB", f"超过 {most >> 20} MiB")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        raise foreign("not JSON", "不是 JSON") from None
+    if not isinstance(values, dict) or not isinstance(values.get(mark), int):
+        raise foreign("not an export of this app", "不是本程序的导出文件")
+    if values[mark] > newest:
+        raise StoreError(
+            "The file was written by a newer version of this app. Update the app first.",
+            "该文件由更新版本的程序导出，请先更新本程序。",
+        )
+    return values
+
+
 def dumps(rows: Mapping[str, Any]) -> str:
     """An export as text, as small as JSON gets."""
     return json.dumps(rows, ensure_ascii=False, separators=(",", ":"))

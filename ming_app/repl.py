@@ -19,8 +19,7 @@ from ming_app.console import Console
 from ming_app.engine.types import Message, SamplingParams, Start
 from ming_app.errors import MingError, TraceError, UsageError
 from ming_app.molora.trace import RouterTrace
-from ming_app.safety.notices import banner
-from ming_app.safety.red_flags import assess
+from ming_app.safety.notices import warning
 from ming_app.ui.record import save_record
 
 HELP = (
@@ -149,9 +148,9 @@ class Repl:
                 )
 
         said = [*(turn.content for turn in self.conversation.turns if turn.role == "user"), text]
-        found = assess(said)
-        if found.flags:
-            self.console.note(*(f"!! {banner(found.category, lang, self.region).text}" for lang in ("en", "zh")))
+        found = warning(said, self.region)
+        if found is not None:
+            self.console.note(*found)
         cancel = threading.Event()
         try:
             with _sigint_sets(cancel):

@@ -16,7 +16,7 @@ from typing import Any
 
 from ming_app import __version__
 from ming_app.conversation.tree import MAX_TITLE, MODES, RATINGS, Conversation, Turn, new_id, whole
-from ming_app.database import StoreError
+from ming_app.database import StoreError, read_export
 from ming_app.safety.notices import AI_LABEL
 
 MAX_BYTES = 20 << 20
@@ -142,20 +142,7 @@ def _plain_line(text: str) -> str:
 
 def from_json(data: bytes) -> list[Conversation]:
     """The conversations of an export, with new ids. Raises StoreError with the reason for a file that is none of ours."""
-    if len(data) > MAX_BYTES:
-        raise _foreign(f"more than {MAX_BYTES >> 20} MiB", f"超过 {MAX_BYTES >> 20} MiB")
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        raise _foreign("not JSON", "不是 JSON") from None
-    version = values.get("ming_conversations") if isinstance(values, dict) else None
-    if not isinstance(version, int):
-        raise _foreign("not an export of this app", "不是本程序的导出文件")
-    if version > FORMAT:
-        raise StoreError(
-            "The file was written by a newer version of this app. Update the app first.",
-            "该文件由更新版本的程序导出，请先更新本程序。",
-        )
+    values = read_export(data, "ming_conversations", FORMAT, MAX_BYTES, _foreign)
     found = values.get("conversations")
     if not isinstance(found, list) or len(found) > MAX_CONVERSATIONS:
         raise _foreign("the list of conversations is damaged", "对话列表已损坏")

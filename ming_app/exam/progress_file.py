@@ -6,14 +6,13 @@ kept, and rows that break a rule are counted, not guessed at. What is there alre
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ming_app.database import StoreError, dumps
+from ming_app.database import StoreError, dumps, read_export
 from ming_app.exam import schedule
 from ming_app.exam.question import LETTERS, clean
 from ming_app.exam.sitting import CONFIDENCE, MODES
@@ -39,19 +38,7 @@ class Restored:
 
 def read_progress(store: Store, data: bytes) -> Restored:
     """Adds a file's progress to the store. Raises StoreError for a file that is none of ours."""
-    if len(data) > MAX_BYTES:
-        raise _foreign(f"more than {MAX_BYTES >> 20} MiB", f"超过 {MAX_BYTES >> 20} MiB")
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError):
-        raise _foreign("not JSON", "不是 JSON") from None
-    if not isinstance(values, dict) or not isinstance(values.get("ming_progress"), int):
-        raise _foreign("not an export of this app", "不是本程序的导出文件")
-    if values["ming_progress"] > 1:
-        raise StoreError(
-            "The file was written by a newer version of this app. Update the app first.",
-            "该文件由更新版本的程序导出，请先更新本程序。",
-        )
+    values = read_export(data, "ming_progress", 1, MAX_BYTES, _foreign)
     tables: dict[str, list[list[Any]]] = {}
     refused = 0
     for name, columns in TABLES.items():

@@ -4,12 +4,12 @@ the AI label. Texts are data (rules/actions.toml, rules/output.toml)."""
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ming_app.safety.red_flags import Assessment
+from ming_app.safety.red_flags import Assessment, assess
 from ming_app.safety.rules import FOLDER
 
 AI_LABEL: Mapping[str, str] = {
@@ -53,10 +53,17 @@ def assessed(found: Assessment, lang: str = "", region: str = "auto") -> Banner 
     return banner(found.category, lang or found.lang, region) if found.flags else None
 
 
+def warning(messages: Sequence[str], region: str = "auto") -> tuple[str, str] | None:
+    """What a terminal says, in English and Chinese, about a red flag in a person's messages; None where there is none."""
+    found = assess(messages)
+    if not found.flags:
+        return None
+    en, zh = (f"!! {banner(found.category, lang, region).text}" for lang in ("en", "zh"))
+    return en, zh
+
+
 def triage(text: str, region: str = "auto", lang: str = "") -> dict[str, Any]:
     """The object of the command `triage`: {"red_flag", "category", "lang", "matched", "message"}."""
-    from ming_app.safety.red_flags import assess
-
     found = assess([text])
     shown = assessed(found, lang, region)
     return {

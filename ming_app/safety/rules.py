@@ -55,20 +55,11 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Context:
-    """One section of context.toml: patterns by entry, compiled for each language."""
-
-    patterns: Mapping[str, re.Pattern[str]]
-
-    def __getitem__(self, name: str) -> re.Pattern[str]:
-        return self.patterns[name]
-
-
-@dataclass(frozen=True)
 class RuleBook:
     concepts: tuple[Concept, ...]
     rules: tuple[Rule, ...]
-    contexts: Mapping[str, Context]
+    contexts: Mapping[str, Mapping[str, re.Pattern[str]]]
+    """section of context.toml -> its entries"""
     speller: Speller
 
 
@@ -145,12 +136,10 @@ def rule_book() -> RuleBook:
             )
         )
     contexts = {
-        section: Context(
-            {
-                key: compiled([value] if isinstance(value, str) else value, key[-2:], f"{section}.{key}")
-                for key, value in entries.items()
-            }
-        )
+        section: {
+            key: compiled([value] if isinstance(value, str) else value, key[-2:], f"{section}.{key}")
+            for key, value in entries.items()
+        }
         for section, entries in _context_tables().items()
     }
     spelling = _table("spelling")

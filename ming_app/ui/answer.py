@@ -188,9 +188,8 @@ class _Writer:
 
     def take(self, event: Start | Token | Finish | None) -> bool:
         """Applies one event (None: time passed). True when the page should be updated now."""
-        if (
-            self.session.talk is not self.talk
-        ):  # another conversation is in view, and this answer could not be stopped in time
+        if self.session.talk is not self.talk:
+            # another conversation is in view, and this answer could not be stopped in time
             self.ended, self.added = True, False
             return False
         match event:

@@ -18,7 +18,7 @@ from ming_app.ui import chat
 from ming_app.ui.chat import Session
 from ming_app.ui.files import TempFolder
 from ming_app.ui.homes import Shared, home
-from ming_app.ui.text import refusal, t
+from ming_app.ui.text import day_text, refusal, t
 
 MAX_EVENT = 10_000  # characters
 
@@ -85,9 +85,8 @@ class Talks:
     def enter(self, session: Session) -> None:
         """The visitor's store, once it is known who they are. What stands in the way is told; the chat works without."""
         if not session.talk.nodes:
-            session.talk = Conversation(
-                preset=session.preset, system=session.own
-            )  # Gradio copies one session for every visitor: each needs ids of its own
+            # Gradio copies one session for every visitor: each needs ids of its own
+            session.talk = Conversation(preset=session.preset, system=session.own)
         if session.store is None:
             try:
                 session.store = self._stores.at(home(self._settings, session.account))
@@ -101,7 +100,7 @@ class Talks:
         """What the list shows."""
         items = []
         for entry in session.store.entries(session.search) if session.store is not None else []:
-            when = time.strftime("%m-%d %H:%M", time.gmtime(entry.updated + session.east))
+            when = day_text(entry.updated, session.east)
             here = entry.id == session.talk.id
             items.append({"id": entry.id, "title": entry.title, "when": when, "pinned": entry.pinned, "here": here})
         return {

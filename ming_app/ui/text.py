@@ -6,6 +6,7 @@ panel and of the views of a trace are router/words.py's, those of the Exam tab e
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from ming_app.errors import LANGS, MingError
@@ -219,8 +220,8 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "talk.feedback_unclear": {"en": "Unclear", "zh": "不清楚"},
     "talk.feedback_language": {"en": "Wrong language", "zh": "语言不对"},
     "alert.more": {
-        "en": "Shown by fixed rules, not by the model. If nobody is in danger, go on; the answer is not held back.",
-        "zh": "此提示由固定规则给出，与模型无关。若无人处于危险之中，可继续使用，回答不受影响。",
+        "en": "Shown by a fixed check of your words, not by the model. If nobody is in danger, go on; the answer is not held back.",
+        "zh": "此提示由对文字的固定检查给出，与模型无关。若无人处于危险之中，可继续使用，回答不受影响。",
     },
     # -- badge and meter -----------------------------------------------------------------------------------------
     "badge.label": {"en": "Model in use", "zh": "当前模型"},
@@ -396,6 +397,11 @@ def size_text(count: float) -> str:
             value = count / scale
             return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
     return f"{count:.0f} B"
+
+
+def day_text(at: float, east: float) -> str:
+    """A time (seconds since 1970) on the clock of a visitor who is `east` seconds ahead of UTC: 11-27 16:40."""
+    return time.strftime("%m-%d %H:%M", time.gmtime(at + east))
 
 
 def duration_text(lang: str, seconds: float) -> str:

@@ -4,7 +4,6 @@ and is not queued; whatever needs the model takes its turn with the answers of t
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -26,7 +25,7 @@ from ming_app.ui.exam.help_pane import HelpPane
 from ming_app.ui.exam.plans import OWN, filled, own_blueprint, preset_item
 from ming_app.ui.exam.room import Room, Rooms
 from ming_app.ui.handlers import QUIET, Handlers, Updates
-from ming_app.ui.text import duration_text, t
+from ming_app.ui.text import day_text, duration_text, t
 
 KEEP = "(text) => ming.keep('exam', text)"
 HISTORY = 50  # finished sittings that can be opened again
@@ -50,11 +49,6 @@ def _like(handler: Callable[..., Updates], session: Any, changes: Any) -> Callab
         return {session: values[0], changes: "", **handler(*values, **events)}
 
     return run
-
-
-def _day(at: float, east: float) -> str:
-    """A time on the visitor's clock."""
-    return time.strftime("%m-%d %H:%M", time.gmtime(at + east))
 
 
 class ExamTab:
@@ -377,7 +371,7 @@ class ExamTab:
             lang,
             "exam.unfinished_item",
             title=room.title(sitting, lang),
-            when=_day(sitting.started, session.east),
+            when=day_text(sitting.started, session.east),
             **counts,
         )
         left = sitting.remaining(room.desk.store.now())
@@ -395,7 +389,7 @@ class ExamTab:
             if came.total:
                 title = room.title(sitting, lang)
                 item = {
-                    "when": _day(sitting.started, session.east),
+                    "when": day_text(sitting.started, session.east),
                     "title": title,
                     "right": came.right,
                     "total": came.total,
