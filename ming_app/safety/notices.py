@@ -70,6 +70,6 @@ def triage(text: str, region: str = "auto", lang: str = "") -> dict[str, Any]:
         "red_flag": shown is not None,
         "category": found.category,
         "lang": found.lang,
-        "matched": [word for flag in found.flags for word in flag.matched],
+        "matched": list(dict.fromkeys(word for flag in found.flags for word in flag.matched)),
         "message": shown.text if shown is not None else "",
     }
