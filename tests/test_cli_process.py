@@ -128,7 +128,7 @@ def test_chat_in_a_terminal_stops_an_answer_and_goes_on() -> None:
 COMMANDS = ("", "ask", "chat", "trace", "verify", "weights", "bench")
 
 
-HEAVY = ("torch", "gradio", "transformers", "onnxruntime", "onnx", "plotly")
+HEAVY = ("torch", "gradio", "transformers", "numba", "plotly")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -115,7 +115,7 @@ def test_the_models_table_is_the_catalogue() -> None:
 
 def test_the_readme_names_every_precision_and_backend() -> None:
     for name in (*PRECISIONS, *BACKENDS):
-        assert name == "auto" or f"`{name}`" in README or name in ("onnx", "torch"), name
+        assert name == "auto" or f"`{name}`" in README or name in ("cpu", "torch"), name
 
 
 def test_every_command_of_the_readme_parses() -> None:

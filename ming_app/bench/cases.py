@@ -24,7 +24,7 @@ from ming_app.errors import UsageError
 from ming_app.settings import Settings
 
 PREFILL_TOKENS = 512
-VERSIONS = ("ming-app", "torch", "transformers", "onnxruntime", "llama-cpp-python", "numpy")
+VERSIONS = ("ming-app", "torch", "transformers", "numba", "llama-cpp-python", "numpy")
 Note = Callable[[str, str], None]
 
 

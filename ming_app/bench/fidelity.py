@@ -86,7 +86,7 @@ def fidelity_peer(setup: Setup) -> Callable[[str], float]:
     def measure(what: str) -> float:
         name, _, recipe = what.partition(":")
         if recipe not in results:
-            engine = Engine.load(settings.with_(backend="onnx", precision=recipe))
+            engine = Engine.load(settings.with_(backend="cpu", precision=recipe))
             if not texts:
                 texts.extend(example_texts(engine))
             results[recipe] = compare(reference.backend, engine.backend, texts)

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ming_app.engine.engine import Engine, prompt_tokens
+from ming_app.engine.engine import Engine
 from ming_app.engine.interventions import Compiled, described
+from ming_app.engine.jobs import prompt_tokens
 from ming_app.engine.types import Cache, Intervention, Message, Step
 from ming_app.errors import PromptTooLongError, StoppedError, TraceError, UsageError
 from ming_app.molora.config import PROJECTIONS

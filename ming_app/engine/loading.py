@@ -1,6 +1,6 @@
 """Settings -> Engine: find the model, fetch it, check that it fits, build what is not built yet, open the backend.
 
-On a CPU the ONNX backend serves (torch is not even imported); with a CUDA GPU the torch backend. Overridable by
+On a CPU our own engine serves (torch is not even imported); with a CUDA GPU the torch backend. Overridable by
 `settings.backend`, `settings.precision` and `settings.device`.
 """
 
@@ -23,7 +23,7 @@ from ming_app.molora.checkpoint import Adapter, load_adapter
 from ming_app.molora.config import MoLoRAConfig
 from ming_app.settings import Settings
 
-ONNX_PRECISIONS = ("4bit", "mix", "8bit")
+CPU_PRECISIONS = ("4bit", "mix", "8bit")
 TORCH_PRECISIONS = ("float32", "bf16", "nf4", "int8")
 
 
@@ -38,20 +38,27 @@ def load_engine(settings: Settings, progress: ProgressCallback | None = None) ->
     adapter = None
     if local.adapter is not None:
         adapter = load_adapter(local.adapter, base_fingerprint=local.fingerprint, base_config=base_config).padded()
-    folder = _engine_folder(settings, local, adapter, precision) if backend_name == "onnx" else None
+    folder = _engine_folder(settings, local, adapter, precision) if backend_name == "cpu" else None
     built = folder is None or folder.is_dir()
     molora = adapter.config if adapter else None
     preflight(base_config, backend_name, precision, settings, molora, device=device, built=built)
     backend: Backend
     if folder is not None:
-        backend = _open_onnx(folder, local, adapter, precision, settings, progress)
+        backend = _open_cpu(folder, local, adapter, precision, settings, progress)
     else:
         from ming_app.engine.backends.torch import TorchBackend
         from ming_app.models.load import load_torch_model
 
         model_ready = load_torch_model(local, adapter, precision, device, progress)
         backend = TorchBackend(model_ready, settings.context, settings.threads)
-    return Engine(backend, ChatTokenizer.from_folder(local.home), _info(local, adapter, backend), local.adapter)
+    return Engine(
+        backend,
+        ChatTokenizer.from_folder(local.home),
+        _info(local, adapter, backend),
+        local.adapter,
+        slots=settings.streams,
+        kv_tokens=settings.kv_tokens,
+    )
 
 
 def choose_backend(settings: Settings, model: Model) -> tuple[str, str, str]:
@@ -63,36 +70,36 @@ def choose_backend(settings: Settings, model: Model) -> tuple[str, str, str]:
             "指定了 cuda 设备，但 torch 未检测到 GPU。请改用 auto 或 cpu。",
         )
     if device == "auto":
-        wants_cpu = settings.backend == "onnx" or precision in ONNX_PRECISIONS
+        wants_cpu = settings.backend == "cpu" or precision in CPU_PRECISIONS
         device = "cpu" if wants_cpu or not _has_cuda() else "cuda"
     backend = settings.backend
     if backend == "auto":
-        backend = "torch" if precision in TORCH_PRECISIONS or device == "cuda" else "onnx"
+        backend = "torch" if precision in TORCH_PRECISIONS or device == "cuda" else "cpu"
     if precision == "auto":
-        precision = model.cpu_precision if backend == "onnx" else ("bf16" if device == "cpu" else "nf4")
-    allowed = ONNX_PRECISIONS if backend == "onnx" else TORCH_PRECISIONS
+        precision = model.cpu_precision if backend == "cpu" else ("bf16" if device == "cpu" else "nf4")
+    allowed = CPU_PRECISIONS if backend == "cpu" else TORCH_PRECISIONS
     if precision not in allowed:
         raise UsageError(
             f"The {backend} backend offers {', '.join(allowed)}, not {precision}.",
             f"{backend} 后端支持 {'、'.join(allowed)}，不支持 {precision}。",
         )
-    if backend == "onnx" and device != "cpu":
+    if backend == "cpu" and device != "cpu":
         raise UsageError(
-            "The onnx backend runs on the CPU; use the torch backend on a GPU.",
-            "onnx 后端只在 CPU 上运行；GPU 请使用 torch 后端。",
+            "The cpu backend runs on the CPU; use the torch backend on a GPU.",
+            "cpu 后端只在 CPU 上运行；GPU 请使用 torch 后端。",
         )
     return backend, precision, device
 
 
 def _engine_folder(settings: Settings, local: LocalModel, adapter: Adapter | None, recipe: str) -> Path:
     """Where the built engine of this base, adapter and recipe lies in the cache, built or not."""
-    from ming_app.engine.backends.onnx import engine_key
+    from ming_app.engine.backends.native.spec import engine_key
 
     key = engine_key(local.fingerprint, adapter.fingerprint if adapter else None, recipe)
     return settings.cache_dir.expanduser().absolute() / "engines" / key
 
 
-def _open_onnx(
+def _open_cpu(
     folder: Path,
     local: LocalModel,
     adapter: Adapter | None,
@@ -100,7 +107,11 @@ def _open_onnx(
     settings: Settings,
     progress: ProgressCallback | None,
 ) -> Backend:
-    from ming_app.engine.backends.onnx import OnnxBackend, build_engine
+    from ming_app.engine.backends.native import keep_kernels_in
+
+    keep_kernels_in(settings.cache_dir)
+    from ming_app.engine.backends.native.backend import NativeBackend
+    from ming_app.engine.backends.native.build import build_engine
     from ming_app.models.tensors import open_tensors
 
     def build() -> None:
@@ -113,10 +124,10 @@ def _open_onnx(
         if not folder.is_dir():
             build()
         try:
-            return OnnxBackend.open(folder, settings.threads, settings.context)
+            return NativeBackend.open(folder, settings.threads, settings.context)
         except WeightsError:  # a build that a crash or a full disk damaged: what it was made from is still here
             build()
-            return OnnxBackend.open(folder, settings.threads, settings.context)
+            return NativeBackend.open(folder, settings.threads, settings.context)
 
 
 def _info(local: LocalModel, adapter: Adapter | None, backend: Backend) -> EngineInfo:

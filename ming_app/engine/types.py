@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from ming_app.errors import UsageError
+from ming_app.errors import MingError, UsageError
 from ming_app.molora.config import PROJECTIONS
 from ming_app.molora.trace import RouterTrace, TraceToken
 
@@ -58,6 +58,8 @@ class SamplingParams:
     trace: bool = True
     router_bias: np.ndarray | None = None
     """float32 [L, P, E] added to the router logits of this request: -inf-like bans an expert, large forces it"""
+    stop: tuple[str, ...] = ()
+    """texts that end the answer before them; at most 8 of at most 100 characters"""
     interventions: tuple[Intervention, ...] = ()
     """what this request changes in the adapter, on top of `router_bias`"""
 
@@ -80,6 +82,10 @@ class SamplingParams:
                 )
         if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 63):
             raise UsageError("seed must be a whole number from 0 up.", "seed 应为不小于 0 的整数。")
+        if len(self.stop) > 8 or not all(isinstance(text, str) and 0 < len(text) <= 100 for text in self.stop):
+            raise UsageError(
+                "stop takes at most 8 texts of 1 to 100 characters.", "stop 最多 8 段文字，每段 1 到 100 个字符。"
+            )
         if self.deadline is not None and not self.deadline > 0:
             raise UsageError("deadline must be a positive number of seconds.", "deadline 应为正的秒数。")
 
@@ -95,6 +101,8 @@ class Start:
     dropped_turns: int
     """oldest turns that did not fit and were left out; the page says so"""
     trace: RouterTrace | None
+    reused_tokens: int = 0
+    """tokens of the prompt that were still in memory from an earlier request"""
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ class EngineInfo:
     model: str
     title: str
     backend: str
-    """"onnx" or "torch" """
+    """"cpu" or "torch" """
     precision: str
     """"4bit", "mix", "8bit", "float32", "bf16", "nf4", "int8" """
     device: str
@@ -204,6 +212,10 @@ class Step:
     contributions: list[np.ndarray] | None = None
 
 
+class CacheFullError(MingError):
+    """The memory set aside for conversations is full."""
+
+
 class Cache(Protocol):
     """KV cache of B rows. `lengths` int64 [B]: tokens held per row."""
 
@@ -212,6 +224,12 @@ class Cache(Protocol):
 
     def truncate(self, row: int, length: int) -> None:
         """Forgets all but the first `length` tokens of a row."""
+
+    def share(self, source: int, target: int, length: int) -> int:
+        """Gives the empty row `target` the first tokens of `source`; how many it now holds, at most `length`."""
+
+    def fits(self, rows: Sequence[int], counts: Sequence[int]) -> bool:
+        """Whether there is memory for `counts[i]` more tokens of every `rows[i]`."""
 
 
 class Backend(Protocol):
@@ -229,23 +247,25 @@ class Backend(Protocol):
     precision: str
     device: str
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Room for `batch` rows of up to `capacity` tokens."""
+    def new_cache(self, batch: int, capacity: int, tokens: int | None = None) -> Any:
+        """A Cache: `batch` rows of up to `capacity` tokens, and `tokens` in all of them together (None: all full)."""
 
     def forward(
         self,
         ids: Sequence[np.ndarray],
         cache: Any,  # the Cache that this backend's own new_cache made
         *,
+        rows: Sequence[int] | None = None,
         router_bias: np.ndarray | None = None,
         gates: Gates | None = None,
         all_logits: bool = False,
         measure: bool = False,
     ) -> Step:
-        """Appends ids[b] (int64 [s_b], s_b >= 1) to row b of the cache. `router_bias` float32 [B, L, P, E] or None;
-        `gates` of B rows or None; `measure`: record probabilities and contributions too.
+        """Appends ids[b] (int64 [s_b], s_b >= 1) to row rows[b] of the cache, each row at most once; None: to all rows.
 
-        Raises ValueError when a row would exceed the cache's capacity; the cache is then unchanged.
+        `router_bias` float32 [B, L, P, E] or None; `gates` of B rows or None; `measure`: record probabilities and
+        contributions too. Raises ValueError when a row would exceed the cache's capacity, CacheFullError when all of them
+        exceed its memory; the cache is then unchanged.
         """
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ class Model:
     memory_gb: Mapping[str, float] = field(default_factory=dict)
     """memory to serve by precision, in GB (10^9 bytes), context 4096"""
     cpu_precision: str = "4bit"
-    """precision of the ONNX engine on a CPU when none is asked for"""
+    """precision of the CPU engine on a CPU when none is asked for"""
     shape: Mapping[str, Any] = field(default_factory=dict)
     """the entries of config.json that decide the size; empty when not known before fetching"""
     default: bool = False

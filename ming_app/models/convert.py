@@ -1,6 +1,6 @@
 """Turns a GGUF base, once, into a safetensors folder in the cache, a few rows of a tensor at a time.
 
-The torch backend and the trainer start from that folder; the ONNX backend reads the GGUF itself.
+The torch backend and the trainer start from that folder; the CPU engine reads the GGUF itself.
 """
 
 from __future__ import annotations

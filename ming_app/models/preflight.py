@@ -15,23 +15,23 @@ from typing import Any
 from ming_app.errors import PreflightError
 from ming_app.models.base_config import check_base_config
 from ming_app.models.catalog import list_models
-from ming_app.models.recipes import RECIPES
+from ming_app.models.recipes import RECIPES, WEIGHT_BYTES
 from ming_app.models.store import free_bytes, gigabytes
 from ming_app.molora.config import MoLoRAConfig
 from ming_app.settings import Settings
 
-PRECISIONS = {"onnx": ("8bit", "mix", "4bit"), "torch": ("float32", "bf16", "int8", "nf4")}
+PRECISIONS = {"cpu": ("8bit", "mix", "4bit"), "torch": ("float32", "bf16", "int8", "nf4")}
 """From the most exact to the smallest."""
 
 # torch: bytes per weight of (attention, gate and up, down, head). bitsandbytes adds the scales of its blocks; the head stays
-# in the compute type. The ONNX engine's follow from its recipes.
+# in the compute type. The CPU engine's follow from its recipes.
 _TORCH_BYTES: Mapping[str, tuple[float, float, float, float]] = {
     "float32": (4, 4, 4, 4),
     "bf16": (2, 2, 2, 2),
     "int8": (1.01, 1.01, 1.01, 2),
     "nf4": (0.5625, 0.5625, 0.5625, 2),
 }
-_RUNTIME = {"onnx": 250_000_000, "torch": 700_000_000}  # interpreter and libraries once loaded, measured
+_RUNTIME = {"cpu": 250_000_000, "torch": 700_000_000}  # interpreter and libraries once loaded, measured
 _CUDA_CONTEXT = 800_000_000
 _PREFILL = 512  # tokens that go through the model at once
 TOLERANCE = 0.9  # an estimate is not a measurement: refuse only what is clearly too large
@@ -74,16 +74,16 @@ def estimate(
     exact = 4 if precision == "float32" else 2  # embeddings, and experts beside the base
     weights = layers * (2 * hidden * (wide + narrow) * attention + 2 * hidden * ffn * gate_up + hidden * ffn * down)
     embedding = vocab * hidden * exact
-    if backend == "onnx" or not config.get("tie_word_embeddings"):  # the ONNX engine packs the head on its own
+    if backend == "cpu" or not config.get("tie_word_embeddings"):  # the CPU engine keeps the head on its own
         weights += vocab * hidden * head
     experts = _adapter_parameters(adapter, layers, hidden, ffn) * exact if adapter else 0
-    cache = 2 * layers * narrow * context * (4 if backend == "onnx" or precision == "float32" else 2)
+    cache = 2 * layers * narrow * context * (4 if precision == "float32" else 2)
     working = _PREFILL * (6 * ffn + 4 * hidden) * 4
     held = int(weights + embedding + experts)
     if device == "cuda":
         return Estimate(0, _RUNTIME["torch"] + held, held + cache + working + _CUDA_CONTEXT)
     passing = vocab * hidden * 4 if backend == "torch" else 0  # the largest tensor, float32, on its way in
-    disk = held if backend == "onnx" else 0
+    disk = held if backend == "cpu" else 0
     return Estimate(disk, _RUNTIME[backend] + held + cache + working + passing, 0)
 
 
@@ -92,14 +92,14 @@ def _weight_bytes(backend: str, precision: str) -> tuple[float, float, float, fl
     if backend == "torch":
         return _TORCH_BYTES[precision]
     recipe = RECIPES[precision]
-    attention, gate_up, down, head = recipe.attention, recipe.gate_up, recipe.down, recipe.head
-    return attention.weight_bytes, gate_up.weight_bytes, down.weight_bytes, head.weight_bytes
+    wide = WEIGHT_BYTES
+    return wide[recipe.attention], wide[recipe.gate_up], wide[recipe.down], wide[recipe.head]
 
 
 def _adapter_parameters(adapter: MoLoRAConfig, layers: int, hidden: int, ffn: int) -> int:
     ranks = (adapter.num_experts + adapter.num_shared_experts) * adapter.rank
     per_layer = 3 * ranks * (hidden + ffn) + adapter.num_experts * (2 * hidden + ffn + 3)
-    return layers * per_layer  # attention LoRA is merged into the base
+    return layers * per_layer
 
 
 def preflight(
@@ -152,7 +152,7 @@ def _alternatives(
     machine: Machine,
 ) -> list[str]:
     """What would fit: precisions of the same model first (the most exact two), then a smaller model of the catalogue."""
-    backends = ["torch"] if device == "cuda" else [backend, *({"onnx", "torch"} - {backend})]
+    backends = ["torch"] if device == "cuda" else [backend, *({"cpu", "torch"} - {backend})]
     fitting = []
     for kind in backends:
         for precision in PRECISIONS[kind]:

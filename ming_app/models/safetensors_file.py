@@ -1,6 +1,6 @@
 """Reads and writes safetensors files without torch: headers checked as hostile, tensors mapped lazily, bf16 by bit shift.
 
-The safetensors package reads bfloat16 only into torch, and the ONNX path must start without torch; the format itself
+The safetensors package reads bfloat16 only into torch, and the CPU engine must start without torch; the format itself
 is an 8-byte length, a JSON table and raw bytes. Format: https://github.com/huggingface/safetensors#format
 """
 

@@ -92,27 +92,57 @@ def test_cancel_frees_the_model_within_two_tokens(engine, monkeypatch):
     assert len(rest[-1].trace) == rest[-1].prompt_tokens + rest[-1].new_tokens
 
 
-def test_closing_the_iterator_lets_the_next_request_in(engine):
-    events = engine.stream(QUESTION, GREEDY)
+@pytest.fixture
+def narrow(engine):
+    """The same model with room for one request at a time."""
+    one = Engine(engine.backend, engine.tokenizer, engine.info, slots=1)
+    yield one
+    one._batcher.close()
+
+
+def endless(engine: Engine, messages=QUESTION):
+    """A request that goes on until it is closed."""
+    return engine.stream(messages, SamplingParams(max_new_tokens=400, temperature=5.0, repetition_penalty=3.0, seed=1))
+
+
+def test_closing_the_iterator_lets_the_next_request_in(narrow):
+    events = endless(narrow)
     next(events)
     done = threading.Event()
-    waiting = threading.Thread(target=lambda: (run(engine), done.set()))
+    waiting = threading.Thread(target=lambda: (run(narrow), done.set()))
     waiting.start()
-    assert not done.wait(0.3)  # one request at a time
+    assert not done.wait(0.2)
+    assert narrow.load_now() == (1, 1)
     events.close()
     assert done.wait(20)
     waiting.join()
 
 
-def test_a_waiting_request_can_be_stopped(engine):
-    events = engine.stream(QUESTION, GREEDY)
+def test_a_waiting_request_can_be_stopped(narrow):
+    events = endless(narrow)
     next(events)
     cancel = threading.Event()
-    threading.Timer(0.2, cancel.set).start()
-    for params, reason in ((GREEDY, "cancelled"), (SamplingParams(deadline=0.2), "deadline")):
-        (finish,) = list(engine.stream(QUESTION, params, cancel if reason == "cancelled" else None))
+    threading.Timer(0.1, cancel.set).start()
+    for params, reason in ((GREEDY, "cancelled"), (SamplingParams(deadline=0.1), "deadline")):
+        (finish,) = list(narrow.stream(QUESTION, params, cancel if reason == "cancelled" else None))
         assert finish.reason == reason and finish.new_tokens == 0 and finish.trace is None
     events.close()
+
+
+def test_stop_texts_end_the_answer_before_them(engine):
+    _, tokens, _ = run(engine)
+    text = "".join(t.text for t in tokens)
+    assert len(text) > 12
+    stop = text[8:11]
+    at = text.index(stop)
+    params = SamplingParams(max_new_tokens=24, temperature=0, repetition_penalty=1.0, stop=("\x00never", stop))
+    _, cut, finish = run(engine, params)
+    assert "".join(t.text for t in cut) == text[:at] and finish.reason == "stop"
+    unseen = SamplingParams(max_new_tokens=24, temperature=0, repetition_penalty=1.0, stop=(text[-1] + "\x00",))
+    assert "".join(t.text for t in run(engine, unseen)[1]) == text
+    for bad in (("",), ("x" * 101,), ("a",) * 9, (3,)):
+        with pytest.raises(UsageError):
+            SamplingParams(stop=bad)
 
 
 def test_deadline_cuts_the_answer(engine):

@@ -55,7 +55,7 @@ def test_an_impossible_number_is_refused_by_name(entry, value, tmp_path):
         read_base_config(folder(tmp_path, bad))
     assert entry in caught.value.zh and any("\u4e00" <= c <= "\u9fff" for c in caught.value.zh)
     with pytest.raises(WeightsError, match=entry):
-        preflight(bad, "onnx", "4bit", Settings())
+        preflight(bad, "cpu", "4bit", Settings())
     with pytest.raises(WeightsError, match=entry):
         open_tensors(tmp_path)
 
@@ -68,7 +68,7 @@ def test_a_missing_size_is_named(missing):
 
 def test_another_family_is_refused_with_its_name():
     with pytest.raises(WeightsError, match="gpt2"):
-        preflight({"model_type": "gpt2", "n_embd": 768}, "onnx", "4bit", Settings())
+        preflight({"model_type": "gpt2", "n_embd": 768}, "cpu", "4bit", Settings())
 
 
 @pytest.mark.parametrize("entries", [{"num_attention_heads": 3}, {"num_key_value_heads": 3}])

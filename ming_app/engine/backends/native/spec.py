@@ -1,12 +1,10 @@
 """What a built CPU engine is: the shape of its base, its recipe of precisions, its key and its manifest.
 
-Needs numpy only: opening an engine must not import `onnx` or torch. A build is a folder of these files:
+Needs numpy only. A build is a folder of these files:
 
-    manifest.json       shapes, recipe, fingerprints, versions, sizes of the other files; written last
-    model.onnx          the graph (no large tensors)
-    probe.onnx          the graph that measures and intervenes, over the same weights; with an adapter only
-    weights.bin         quantised weights, memory-mapped by ONNX Runtime
-    embeddings.npy      float16 [V, H], memory-mapped by the backend; looked up outside the graph
+    manifest.json       shapes, recipe, fingerprints, where things lie, sizes of the other files; written last
+    weights.bin         the matrices in blocks and the float32 vectors, memory-mapped
+    embeddings.npy      float16 [V, H], memory-mapped
 """
 
 from __future__ import annotations
@@ -22,30 +20,24 @@ from typing import Any
 import numpy as np
 
 from ming_app.errors import UsageError, WeightsError
-from ming_app.models.recipes import RECIPES, Recipe
-from ming_app.models.recipes import Format as Format  # the graph and the quantiser take it from here
+from ming_app.models.recipes import RECIPES as RECIPES
+from ming_app.models.recipes import Recipe
 from ming_app.molora.config import MoLoRAConfig
 
-FORMAT = 3
-"""Version of graph and files; a change makes old builds unreachable, since it is part of `engine_key`."""
-MANIFEST, GRAPH, PROBE, WEIGHTS, EMBEDDINGS = (
-    "manifest.json",
-    "model.onnx",
-    "probe.onnx",
-    "weights.bin",
-    "embeddings.npy",
-)
-MAX_MANIFEST_BYTES = 1 << 20
+FORMAT = 4
+"""Version of the files; a change makes old builds unreachable, since it is part of `engine_key`."""
+MANIFEST, WEIGHTS, EMBEDDINGS = "manifest.json", "weights.bin", "embeddings.npy"
+MAX_MANIFEST_BYTES = 16 << 20
 FAMILIES = ("qwen2", "llama", "mistral")
-"""model_type of the decoders the graph stands for"""
+"""model_type of the decoders that it can run"""
 
 
 def find_recipe(name: str) -> Recipe:
     """The recipe of that name. Raises UsageError."""
     if name not in RECIPES:
         raise UsageError(
-            f"{name!r} is not a precision of the ONNX engine; choose one of {', '.join(RECIPES)}.",
-            f"{name!r} 不是 ONNX 引擎支持的精度；请从 {'、'.join(RECIPES)} 中选择。",
+            f"{name!r} is not a precision of the CPU engine; choose one of {', '.join(RECIPES)}.",
+            f"{name!r} 不是 CPU 引擎支持的精度；请从 {'、'.join(RECIPES)} 中选择。",
         )
     return RECIPES[name]
 
@@ -146,23 +138,15 @@ def _rope_from_config(config: Mapping[str, Any]) -> Rope:
 
 def _unsupported(what: str) -> WeightsError:
     return WeightsError(
-        f"The ONNX engine cannot run this base: {what} is not supported. Use the torch backend.",
-        f"ONNX 引擎无法运行该基座：不支持 {what}。请使用 torch 后端。",
+        f"The CPU engine cannot run this base: {what} is not supported. Use the torch backend.",
+        f"CPU 引擎无法运行该基座：不支持 {what}。请使用 torch 后端。",
     )
 
 
 def engine_key(base_fingerprint: str, adapter_fingerprint: str | None, recipe: str) -> str:
-    """Name of the cache folder of a build, 32 hex digits: changes with base, adapter, recipe, format and runtime."""
-    find_recipe(recipe)
-    parts = [FORMAT, runtime_version(), base_fingerprint, adapter_fingerprint, recipe, asdict(RECIPES[recipe])]
+    """Name of the cache folder of a build, 32 hex digits: changes with base, adapter, recipe and format."""
+    parts = [FORMAT, base_fingerprint, adapter_fingerprint, recipe, asdict(find_recipe(recipe))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def runtime_version() -> str:
-    """major.minor of the installed ONNX Runtime: the graph uses its contrib operators, which may change between them."""
-    import onnxruntime
-
-    return ".".join(onnxruntime.__version__.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -177,11 +161,12 @@ class Manifest:
     adapter_fingerprint: str | None
     router_bias: list[list[list[float]]] | None
     """b_s of every router [L, P, E]; the backend adds it, with the request's own bias, outside the graph"""
+    matrices: list[list[int]]
+    """see `layout.Store`"""
+    vectors: list[list[int]]
     files: dict[str, int]
     """name -> size in bytes of every other file of the build"""
     format: int = FORMAT
-    runtime: str = ""
-    """major.minor of the ONNX Runtime it was built for"""
 
     def write(self, folder: Path) -> None:
         """Writes manifest.json."""
@@ -192,7 +177,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Reads manifest.json and checks that the build is whole and of this format and runtime. Raises WeightsError."""
+        """Reads manifest.json and checks that the build is whole and of this format. Raises WeightsError."""
         path = folder / MANIFEST
         try:
             if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -206,8 +191,8 @@ class Manifest:
             manifest = cls(**body)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(folder, str(error)) from error
-        if (manifest.format, manifest.runtime) != (FORMAT, runtime_version()):
-            raise damaged(folder, f"format {manifest.format} for ONNX Runtime {manifest.runtime}")
+        if manifest.format != FORMAT:
+            raise damaged(folder, f"format {manifest.format}")
         for name, size in manifest.files.items():
             file = folder / name
             if not file.is_file() or file.stat().st_size != size:

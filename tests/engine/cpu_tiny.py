@@ -1,7 +1,8 @@
-"""Tiny random bases and adapters for the tests of the ONNX engine, with transformers + ming_app.molora as reference."""
+"""Tiny random bases and adapters for the tests of the CPU engine, with transformers + ming_app.molora as reference."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,15 @@ class DictSource:
 
     def get(self, name: str) -> np.ndarray:
         return np.ascontiguousarray(self._tensors[name].float().numpy())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def rows(self, name: str) -> Iterator[np.ndarray]:
+        yield self.get(name)
+
+    def raw(self, name: str) -> None:
+        return None
 
     def close(self) -> None:
         pass

@@ -1,0 +1,267 @@
+"""Continuous batching: one thread drives the model for all requests; they join and leave at any token.
+
+Every step takes one token of each answer that is being written and, with what room is left, pieces of prompts: short ones
+first, and no more than PIECE tokens while somebody waits for a next word. Rows of the KV cache stay filled when a request
+ends: the next one that begins with the same tokens (the next turn of a conversation, a question with the same preamble) reads
+only what is new. Memory is bounded: a request is let in when its longest possible answer fits beside those of the others.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ming_app.engine.decode import RoutingRecord
+from ming_app.engine.interventions import Compiled
+from ming_app.engine.jobs import Job, ScoreJob
+from ming_app.engine.types import Backend, Gates, Step
+from ming_app.errors import UsageError
+
+CHUNK = 256  # tokens of prompts per step while nobody writes
+PIECE = 32  # ... and while somebody does: bounds the pause between two of their words
+SPARE_ROWS = 8  # rows that only remember
+PATIENCE = (
+    5.0  # seconds of waiting that halve what a prompt counts as, and end being overtaken: long ones get their turn
+)
+LINGER = 20.0  # seconds without work after which the thread ends; the next request starts one
+POLL = 0.05  # between two looks at requests that wait for a row: they may be cancelled
+
+
+@dataclass
+class _Row:
+    """One row of the cache: the tokens it holds, under which changes they were read, and who uses it."""
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+    key: bytes = b""
+    record: RoutingRecord | None = None
+    """routing of `ids`; None when it was not recorded"""
+    job: Job | None = None
+    used: float = 0.0
+
+
+class Batcher:
+    """Runs jobs on a backend. `slots`: requests at a time; `tokens`: what the KV cache holds in all, at least one context."""
+
+    def __init__(self, backend: Backend, slots: int, tokens: int, context: int):
+        self._backend = backend
+        self.slots = slots
+        self._tokens = max(tokens, context)
+        self._context = context
+        self._rows: list[_Row] = []
+        self._waiting: list[Job] = []
+        self._promised = 0  # tokens that the running jobs may come to hold
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def submit(self, *jobs: Job) -> None:
+        """Queues jobs, in order. Raises UsageError once closed."""
+        with self._changed:
+            if self._closed:
+                raise UsageError("The model has been closed.", "模型已关闭。")
+            self._waiting += jobs
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="batch", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def load(self) -> tuple[int, int]:
+        """(requests that run, requests that wait)."""
+        with self._changed:
+            return sum(row.job is not None for row in self._rows), len(self._waiting)
+
+    def close(self) -> None:
+        """Fails what has not ended and stops."""
+        with self._changed:
+            self._closed = True
+            thread = self._thread
+            self._changed.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    # -- the thread ---------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        if not self._rows:
+            self._cache = self._backend.new_cache(self.slots + SPARE_ROWS, self._context, self._tokens)
+            self._rows = [_Row(index) for index in range(self.slots + SPARE_ROWS)]
+        idle_since = time.monotonic()
+        while True:
+            with self._changed:
+                self._waiting = [job for job in self._waiting if not job.interrupted()]
+                self._admit()
+                running = [row for row in self._rows if row.job is not None]
+                if self._closed:
+                    for job in [*(row.job for row in running if row.job), *self._waiting]:
+                        job.fail(UsageError("The model has been closed.", "模型已关闭。"))
+                    return
+                if not running:
+                    if not self._waiting and time.monotonic() - idle_since > LINGER:
+                        self._thread = None
+                        return
+                    self._changed.wait(POLL if self._waiting else LINGER)
+                    continue
+            self._step(running)
+            idle_since = time.monotonic()
+
+    def _admit(self) -> None:
+        """Gives rows to those that wait, in order, as long as there are rows and memory. Where one needs more memory than is
+        left, smaller ones may go before it for a while."""
+        now, held_back = time.monotonic(), False
+        for job in list(self._waiting):
+            running = sum(row.job is not None for row in self._rows)
+            if running >= self.slots or held_back:
+                return
+            if running and self._promised + job.most_tokens > self._tokens:
+                held_back = now - job.arrived > PATIENCE
+                continue
+            self._waiting.remove(job)
+            self._promised += job.most_tokens
+            row = self._seat(job)
+            row.job, row.used = job, now
+            job.begin()
+
+    def _seat(self, job: Job) -> _Row:
+        """A row for the job, which holds as much of its prompt as any row does."""
+        key = _key(job.changes)
+        best, shared = None, 0
+        for row in self._rows:
+            if row.key == key and (job.record is None or row.record is not None):
+                same = _common(row.ids, job.prompt)
+                if same > shared:
+                    best, shared = row, same
+        shared = min(shared, len(job.prompt) - 1)  # the last token is read again, for its logits
+        if best is not None and best.job is None and shared > len(best.ids) // 2:
+            row, record = best, best.record
+            self._cache.truncate(row.index, shared)
+        else:
+            idle = [row for row in self._rows if row.job is None and row is not best]
+            row = min(idle, key=lambda one: (bool(one.ids), one.used))
+            self._cache.truncate(row.index, 0)
+            record = best.record if best is not None else None
+            shared = self._cache.share(best.index, row.index, shared) if best is not None else 0
+        row.ids, row.key = job.prompt[:shared].tolist(), key
+        job.reuse(record, shared)
+        row.record = job.record
+        return row
+
+    def _step(self, running: Sequence[_Row]) -> None:
+        """One forward for all that can go on."""
+        pieces: list[tuple[_Row, np.ndarray]] = []
+        reading: list[_Row] = []
+        for row in running:
+            job = row.job
+            assert job is not None  # only rows in use are running
+            if job.interrupted():
+                self._leave(row)
+            elif job.feed is not None:
+                if isinstance(job, ScoreJob) and job.rewind:
+                    self._cache.truncate(row.index, len(job.prompt))
+                    del row.ids[len(job.prompt) :]
+                pieces.append((row, np.array([job.feed], np.int64)))
+            else:
+                reading.append(row)
+        left = PIECE if pieces else CHUNK
+        now = time.monotonic()
+        for row in sorted(reading, key=lambda one: _urgency(one, now)):
+            job = row.job
+            if left and job is not None:
+                pieces.append((row, job.prompt[job.read : job.read + left]))
+                left -= len(pieces[-1][1])
+        if pieces:
+            self._run(pieces)
+
+    def _run(self, pieces: Sequence[tuple[_Row, np.ndarray]]) -> None:
+        """Runs the pieces together; should that fail, one by one, so that only those fail that cannot run."""
+        try:
+            step = self._forward(pieces)
+        except Exception as error:
+            if len(pieces) > 1:
+                for piece in pieces:
+                    self._run([piece])
+                return
+            row = pieces[0][0]
+            if row.job is not None:
+                row.job.fail(error)
+            self._leave(row)
+            self._forget(row)
+            return
+        for index, (row, ids) in enumerate(pieces):
+            job = row.job
+            assert job is not None  # rows keep their job during a step
+            row.ids += ids.tolist()
+            row.used = time.monotonic()
+            experts = None if step.experts is None else step.experts[index]
+            weights = None if step.weights is None else step.weights[index]
+            job.took(len(ids), step.logits[index], experts, weights)
+            if job.ended:
+                self._leave(row)
+
+    def _forward(self, pieces: Sequence[tuple[_Row, np.ndarray]]) -> Step:
+        rows = [row.index for row, _ in pieces]
+        self._make_room(rows, [len(ids) for _, ids in pieces])
+        changes = [row.job.changes for row, _ in pieces if row.job is not None]
+        bias, gates = _together(changes, self._backend)
+        return self._backend.forward([ids for _, ids in pieces], self._cache, rows=rows, router_bias=bias, gates=gates)
+
+    def _make_room(self, rows: Sequence[int], counts: Sequence[int]) -> None:
+        """Forgets rows that nobody uses, the longest unused first, until the step fits."""
+        idle = sorted((row for row in self._rows if row.job is None and row.ids), key=lambda one: -one.used)
+        while idle and not self._cache.fits(rows, counts):
+            self._forget(idle.pop())
+
+    def _forget(self, row: _Row) -> None:
+        self._cache.truncate(row.index, 0)
+        row.ids, row.record = [], None
+
+    def _leave(self, row: _Row) -> None:
+        job = row.job
+        if job is not None:
+            self._promised -= job.most_tokens
+        row.job = None
+
+
+def _urgency(row: _Row, now: float) -> float:
+    """What is left to read, counted the less the longer it has waited."""
+    job = row.job
+    assert job is not None
+    return (len(job.prompt) - job.read) * 0.5 ** ((now - job.arrived) / PATIENCE)
+
+
+def _common(ids: Sequence[int], prompt: np.ndarray) -> int:
+    """Tokens that both begin with."""
+    count = min(len(ids), len(prompt))
+    differ = np.flatnonzero(np.asarray(ids[:count], np.int64) != prompt[:count])
+    return int(differ[0]) if len(differ) else count
+
+
+def _key(changes: Compiled) -> bytes:
+    """Equal for changes under which the same tokens give the same cache."""
+    parts = [] if changes.bias is None else [changes.bias]
+    if changes.gates is not None:
+        gates = changes.gates
+        parts += [gates.top_k, gates.uniform, gates.strength, gates.attention]
+    return b"|".join(np.ascontiguousarray(part).tobytes() for part in parts)
+
+
+def _together(changes: Sequence[Compiled], backend: Backend) -> tuple[np.ndarray | None, Gates | None]:
+    """The changes of several rows as one bias and one set of gates."""
+    shape = (backend.num_layers, 3, backend.num_experts)
+    bias = gates = None
+    if any(one.bias is not None for one in changes):
+        bias = np.stack([np.zeros(shape, np.float32) if one.bias is None else one.bias for one in changes])
+    if any(one.gates is not None for one in changes):
+        plain = Gates.unchanged(1, backend.num_layers, 3, backend.top_k)
+        rows = [one.gates or plain for one in changes]
+        gates = Gates(
+            np.concatenate([one.top_k for one in rows]),
+            np.concatenate([one.uniform for one in rows]),
+            np.concatenate([one.strength for one in rows]),
+            np.concatenate([one.attention for one in rows]),
+        )
+    return bias, gates
