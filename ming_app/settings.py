@@ -16,8 +16,8 @@ from typing import Any
 
 from ming_app.errors import UsageError
 
-BACKENDS = ("auto", "onnx", "torch")
-PRECISIONS = ("auto", "4bit", "mix", "8bit", "float32", "bf16", "nf4", "int8")  # first three onnx, the rest torch
+BACKENDS = ("auto", "cpu", "torch")
+PRECISIONS = ("auto", "4bit", "mix", "8bit", "float32", "bf16", "nf4", "int8")  # first three cpu, the rest torch
 
 
 PROGRESS = ("auto", "disk", "browser", "account")
@@ -85,6 +85,10 @@ class Settings:
     """Id of the Hugging Face Space this runs on, as the Space says itself; empty elsewhere."""
     sign_in: str = ""
     """The Space's sign-in (its OAuth client id), where its README has `hf_oauth: true`."""
+    streams: int = 8
+    """Answers that are written at the same time; more wait."""
+    kv_tokens: int = 0
+    """Tokens of all conversations together that the KV cache holds; 0: four times the context. Bounds its memory."""
     max_queue: int = 32
     """Chat requests that may wait; one more is refused politely."""
 
@@ -105,6 +109,8 @@ class Settings:
             ("threads", 0, 1024),
             ("context", 256, 1 << 20),  # less leaves no room for a question beside the system turn and an answer
             ("port", 0, 65535),
+            ("streams", 1, 256),
+            ("kv_tokens", 0, 1 << 26),
             ("max_queue", 1, 100_000),
         ):
             if not low <= getattr(self, name) <= high:

@@ -37,7 +37,7 @@ QUEUED: dict[str, Any] = {
     "show_progress": "hidden",
     "api_visibility": "private",
 }
-"""options of events that need the model: one at a time, the others wait"""
+"""options of events that need the model: `settings.streams` at a time (page.py), the others wait"""
 DEADLINE = 300.0  # seconds one answer may take, so that a queue always moves on
 
 
@@ -113,7 +113,8 @@ class Handlers:
         except MingError as error:
             session.returned = text or None
             raise _refused(session, error) from None
-        session.status = chat.Note("status.queued", {"n": sum(self.queued())})
+        before = max(0, sum(self.queued()) - self.settings.streams + 1)  # that must end before this one begins
+        session.status = chat.Note("status.queued", {"n": before})
         return self.show(session)
 
     def _refuse_when_closed(self) -> None:

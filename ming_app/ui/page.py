@@ -1,7 +1,7 @@
 """`build_page`: the layout as Gradio Blocks, wired to the handlers of handlers.py. No model here and no text of its own.
 
 One visitor is one `Session` in a gr.State, which handlers change in place. All answers share the concurrency id
-"model": the engine runs one at a time, and the others wait in Gradio's queue.
+"model": the engine runs so many at a time (`settings.streams`), the others wait in Gradio's queue.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ming_app.ui.chat import Session
 from ming_app.ui.chat_tab import ChatTab
 from ming_app.ui.exam.tab import ExamTab
 from ming_app.ui.explorer_tab import ExplorerTab
-from ming_app.ui.handlers import QUIET, Handlers
+from ming_app.ui.handlers import QUEUED, QUIET, Handlers
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.text import t
 
@@ -68,6 +68,9 @@ class Page:
             self.timer = gr.Timer(LOAD_POLL, active=False)
             self.east = gr.Number(0, visible="hidden")
             self._wire()
+        for event in self.blocks.fns.values():
+            if event.concurrency_id == QUEUED["concurrency_id"]:
+                event.concurrency_limit = settings.streams
         self.blocks.queue(max_size=settings.max_queue, default_concurrency_limit=4)
         self.do.queued = self._queued
         self.do.sampling = list(self.chat.sampling)

@@ -111,7 +111,7 @@ def test_leaving_the_page_frees_the_engine(serve: Any, visit: Any) -> None:
 
 def test_a_waiting_question_can_be_taken_back(serve: Any, visit: Any) -> None:
     fake = engine(long_text(4000), delay=0.02)
-    url = serve(fake)
+    url = serve(fake, Settings(streams=1, data_dir=serve.folder))
     one, two = visit(url), visit(url)
     one.ask("first")
     one.page.wait_for_selector(".xp-live:visible")
@@ -127,7 +127,7 @@ def test_a_waiting_question_can_be_taken_back(serve: Any, visit: Any) -> None:
 
 
 def test_busy_is_said_politely(serve: Any, visit: Any) -> None:
-    url = serve(engine(long_text(4000), delay=0.02), Settings(max_queue=1))
+    url = serve(engine(long_text(4000), delay=0.02), Settings(max_queue=1, streams=1))
     visitors = [visit(url, locale="zh-CN") for _ in range(3)]
     for v in visitors[:2]:
         v.ask("问题")

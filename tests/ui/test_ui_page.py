@@ -109,10 +109,12 @@ def test_refusals_are_told_in_the_visitors_language(page: Page) -> None:
         page.do.ask(Session(lang="zh"), "q")
     with pytest.raises(gr.Error, match="waiting"):
         page.do.ask(Session(lang="en"), "q")
-    page.do.queued = lambda: (0, 1)
-    session = Session()
-    page.do.ask(session, "q")
-    assert session.status.values == {"n": 1}
+    streams = page.do.settings.streams
+    for queued, before in (((0, streams), 1), ((2, streams), 3), ((0, 1), 0)):
+        page.do.queued = lambda: queued  # noqa: B023  # asked at once
+        session = Session()
+        page.do.ask(session, "q")
+        assert session.status.values == {"n": before}
 
 
 def test_while_loading_and_after_a_failure_chat_is_closed() -> None:
