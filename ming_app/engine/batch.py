@@ -198,7 +198,8 @@ class Batcher:
             row.used = time.monotonic()
             experts = None if step.experts is None else step.experts[index]
             weights = None if step.weights is None else step.weights[index]
-            job.took(len(ids), step.logits[index], experts, weights)
+            log_total = None if step.log_totals is None else float(step.log_totals[index])
+            job.took(len(ids), step.logits[index], log_total, experts, weights)
             if job.ended:
                 self._leave(row)
 

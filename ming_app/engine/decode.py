@@ -22,9 +22,10 @@ class Sampler:
         self._rng = np.random.default_rng(params.seed)
         self._seen: np.ndarray = np.zeros(0, np.int64)
 
-    def choose(self, logits: np.ndarray) -> tuple[int, float]:
-        """(token id, natural log of the model's own probability of it) from float32 logits [V]."""
-        log_total = _logsumexp(logits)
+    def choose(self, logits: np.ndarray, log_total: float | None = None) -> tuple[int, float]:
+        """(token id, natural log of the model's own probability of it) from float32 logits [V]; `log_total`: the log of the
+        sum of their exponentials, where it is known."""
+        log_total = _logsumexp(logits) if log_total is None else log_total
         scores = self._penalised(logits)
         token = int(scores.argmax()) if self._p.temperature < COLDEST else self._draw(scores)
         if self._p.repetition_penalty != 1.0:
@@ -41,11 +42,10 @@ class Sampler:
 
     def _draw(self, scores: np.ndarray) -> int:
         p = self._p
-        threshold = scores.max() - NEGLIGIBLE * p.temperature
-        if 0 < p.top_k < len(scores):
-            kth = np.partition(scores, -p.top_k)[-p.top_k]
-            threshold = max(threshold, kth)
-        ids = np.flatnonzero(scores >= threshold)
+        ids = np.flatnonzero(scores >= scores.max() - NEGLIGIBLE * p.temperature)
+        if 0 < p.top_k < len(ids):
+            candidates = scores[ids]
+            ids = ids[candidates >= np.partition(candidates, -p.top_k)[-p.top_k]]
         kept = scores[ids].astype(np.float64) / p.temperature
         order = np.argsort(-kept, kind="stable")
         ids, kept = ids[order], kept[order]

@@ -51,7 +51,14 @@ class Job:
         if self.record is not None and record is not None:
             self.record.append(record.experts[:length], record.weights[:length])
 
-    def took(self, count: int, logits: np.ndarray, experts: np.ndarray | None, weights: np.ndarray | None) -> None:
+    def took(
+        self,
+        count: int,
+        logits: np.ndarray,
+        log_total: float | None,
+        experts: np.ndarray | None,
+        weights: np.ndarray | None,
+    ) -> None:
         """`count` tokens have been read; `logits` float32 [V] after the last, routing [count, L, P, k] of all."""
         if self.record is not None and experts is not None and weights is not None:
             width = self.record.experts.shape[-1]  # other rows of the batch may choose more experts
@@ -59,10 +66,10 @@ class Job:
         if self.read < len(self.prompt):
             self.read += count
         if self.read == len(self.prompt):
-            self.think(logits)
+            self.think(logits, log_total)
 
-    def think(self, logits: np.ndarray) -> None:
-        """The prompt and all that was fed have been read: emits, and sets `feed` or `ended`."""
+    def think(self, logits: np.ndarray, log_total: float | None) -> None:
+        """The prompt and all that was fed have been read: emits, and sets `feed` or `ended`. `log_total`: see `Step`."""
         raise NotImplementedError
 
     def interrupted(self) -> bool:
@@ -123,7 +130,7 @@ class AnswerJob(Job):
     def begin(self) -> None:
         self._began = time.monotonic()
 
-    def think(self, logits: np.ndarray) -> None:
+    def think(self, logits: np.ndarray, log_total: float | None) -> None:
         if self.feed is None:
             self._prefill_seconds = time.monotonic() - self._began
             limit, dropped = self.info.context_limit, self._dropped_turns
@@ -133,7 +140,7 @@ class AnswerJob(Job):
         if self._new >= self.most_new:
             self._finish("length")
         elif not self.interrupted():
-            token, self._logprob = self._sampler.choose(logits)
+            token, self._logprob = self._sampler.choose(logits, log_total)
             if token in self._stop_ids:
                 self._finish("stop")
             else:
@@ -256,7 +263,7 @@ class ScoreJob(Job):
         self.rewind = False
         """the next feed begins again after the prompt"""
 
-    def think(self, logits: np.ndarray) -> None:
+    def think(self, logits: np.ndarray, log_total: float | None) -> None:
         if self._after_prompt is None:
             self._after_prompt = logits.copy()
         self.feed = None

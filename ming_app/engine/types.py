@@ -210,6 +210,8 @@ class Step:
     weights: list[np.ndarray] | None
     probabilities: list[np.ndarray] | None = None
     contributions: list[np.ndarray] | None = None
+    log_totals: np.ndarray | None = None
+    """float [B]: log of the sum of the exponentials of each row's logits, where the backend has it; not with all_logits"""
 
 
 class CacheFullError(MingError):

@@ -194,7 +194,7 @@ class TorchBackend:
         largest = torch.finfo(torch.float16).max
         cut = {cell: values.clamp_max(largest) for cell, values in state.contributions.items()}
         measured = [self._record(record, torch.float16, pads) for record in (state.probabilities, cut)]
-        return Step(found, experts, weights, *measured)
+        return Step(found, experts, weights, measured[0], measured[1])
 
     def _record(
         self, record: Mapping[tuple[int, int], torch.Tensor], dtype: torch.dtype, pads: np.ndarray

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +157,8 @@ class NativeBackend:
         )
         measured = count if asked.measure else 0
         record = Record(
-            np.empty((len(places), -(-s.vocab // LANES) * LANES), np.float32),
+            np.empty((len(places), -(-s.vocab // (2 * LANES)) * 2 * LANES), np.float32),
+            np.empty(len(places), np.float32),
             np.zeros((count, cells, k), np.uint8),
             np.zeros((count, cells, k), np.float32),
             np.zeros((count, cells, self.num_experts), np.float32),
@@ -170,17 +171,23 @@ class NativeBackend:
     def _result(self, parts: Sequence[Record], ends: np.ndarray, all_logits: bool, measure: bool) -> Step:
         logits = _joined([part.logits for part in parts])[:, : self.vocab_size]
         rows: object = np.split(logits, ends[:-1]) if all_logits else logits
+        totals = None if all_logits else _joined([part.log_totals for part in parts])
         if not self.num_experts:
-            return Step(rows, None, None)
+            return Step(rows, None, None, log_totals=totals)
         experts, weights = _joined([part.experts for part in parts]), _joined([part.weights for part in parts])
-        found = [experts, weights.astype(np.float16)]
-        if measure:
-            scores = _joined([part.router_logits for part in parts])
-            odds = np.exp(scores - scores.max(-1, keepdims=True))
-            found.append((odds / odds.sum(-1, keepdims=True)).astype(np.float16))
-            found.append(_contributions(parts, weights))
-        shaped = [one.reshape(len(one), self.num_layers, 3, -1) for one in found]
-        return Step(rows, *(np.split(one, ends[:-1]) for one in shaped))
+
+        def by_row(values: np.ndarray) -> list[np.ndarray]:
+            return np.split(values.reshape(len(values), self.num_layers, 3, -1), ends[:-1])
+
+        step = Step(rows, by_row(experts), by_row(weights.astype(np.float16)), log_totals=totals)
+        if not measure:
+            return step
+        scores = _joined([part.router_logits for part in parts])
+        odds = np.exp(scores - scores.max(-1, keepdims=True))
+        probabilities = (odds / odds.sum(-1, keepdims=True)).astype(np.float16)
+        return replace(
+            step, probabilities=by_row(probabilities), contributions=by_row(_contributions(parts, weights))
+        )
 
     def _check(self, new: list[np.ndarray], taking: np.ndarray, router_bias: np.ndarray | None) -> None:
         if len(new) != len(taking):

@@ -58,7 +58,14 @@ from ming_app.engine.backends.native.products import (
     take,
 )
 from ming_app.engine.backends.native.tiles import mix
-from ming_app.engine.backends.native.vector import dot, exponentials, largest, store_half, store_halves
+from ming_app.engine.backends.native.vector import (
+    dot,
+    exponentials,
+    largest,
+    store_half,
+    store_halves,
+    sum_of_exponentials,
+)
 
 HALF = 2  # bytes
 NEVER = np.float32(-3.0e38)
@@ -404,4 +411,11 @@ def step(thread: int, threads: int, shape: Shape, store: Store, work: Work, call
     phase = meet(work.sync, phase, threads)
     if wanted:
         linear(store, shape.layers, 0, 1, 1, wanted, record.logits, False, work, thread, phase, threads, False)
+    phase = meet(work.sync, phase, threads)
+    for i in range(thread, wanted, threads):
+        logits = record.logits[i]
+        logits[shape.vocab :] = NEVER
+        at, padded = logits.ctypes.data, len(logits)
+        top = largest(at, padded)
+        record.log_totals[i] = top + np.float32(math.log(sum_of_exponentials(at, padded, top)))
     meet(work.sync, phase, threads)

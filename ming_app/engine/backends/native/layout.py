@@ -134,7 +134,9 @@ class Record(NamedTuple):
     """What a step leaves."""
 
     logits: np.ndarray
-    """float32 [n, V padded]"""
+    """float32 [n, V padded]; what fills the rows up is far below any logit"""
+    log_totals: np.ndarray
+    """float32 [n]: log of the sum of their exponentials"""
     experts: np.ndarray
     """uint8 [T, 3 L, k]"""
     weights: np.ndarray

@@ -283,6 +283,16 @@ def _exponentials(b: Any, x: Any, n: Any, less: Any) -> Any:
     return total(b, b.load(sum_))
 
 
+def _sum_of_exponentials(b: Any, x: Any, n: Any, less: Any) -> Any:
+    sums = [variable(b, every(F32, 0.0)) for _ in range(2)]
+    with loop(b, b.udiv(n, whole(2 * LANES))) as i:
+        at = b.add(x, b.mul(i, whole(8 * LANES)))
+        for j, one in enumerate(sums):
+            value = exp(b, b.fsub(load(b, at, vector(F32), 4 * LANES * j), splat(b, less)))
+            b.store(b.fadd(b.load(one), value), one)
+    return total(b, b.fadd(b.load(sums[0]), b.load(sums[1])))
+
+
 def _silu_times(b: Any, gate: Any, up: Any, out: Any) -> None:
     x = load(b, gate, vector(F32))
     share = b.fdiv(every(F32, 1.0), b.fadd(every(F32, 1.0), exp(b, b.fsub(every(F32, 0.0), x))))
@@ -361,6 +371,8 @@ largest = routine([AT, AT], FLOAT, _largest)
 """(x, n): the largest of float32 [n]"""
 exponentials = routine([AT, AT, FLOAT], FLOAT, _exponentials)
 """(x, n, m): float32 x [n] becomes e^(x - m); their sum"""
+sum_of_exponentials = routine([AT, AT, FLOAT], FLOAT, _sum_of_exponentials)
+"""(x, n, m): sum of e^(x - m) of float32 [n]; n is a multiple of 2 LANES"""
 silu_times = routine([AT, AT, AT], NONE, _silu_times)
 """(g, u, out): LANES float32 of g sigmoid(g) u"""
 quantise = routine([AT, AT, AT, AT], NONE, _quantise)
