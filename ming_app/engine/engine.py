@@ -8,8 +8,7 @@ what was read last.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -88,35 +87,10 @@ class Engine:
     ) -> list[float]:
         """Natural log-probability of each continuation after the prefix (messages, or prompt ids).
 
-        The prefix is read once. A prefix of messages that ends with an assistant turn continues that turn's words.
+        The prefix is read once, and what it has in common with one read lately not at all. Threads that score at the same
+        time are served together. A prefix of messages that ends with an assistant turn continues that turn's words.
         Raises UsageError for an empty continuation, PromptTooLongError when it does not fit.
         """
-        return next(self.score_many([(prefix, continuations)], interventions))
-
-    def score_many(
-        self,
-        tasks: Iterable[tuple[Sequence[Message] | Sequence[int], Sequence[str]]],
-        interventions: Sequence[Intervention] = (),
-    ) -> Iterator[list[float]]:
-        """`score` of many (prefix, continuations), in order: several are read at a time, and what their prefixes have in
-        common once. Raises as `score`, when it comes to the task concerned; closing the iterator drops the rest."""
-        changes = self.changes(interventions)
-        ahead: deque[ScoreJob] = deque()
-        try:
-            for prefix, continuations in tasks:
-                ahead.append(self._score_job(prefix, continuations, changes))
-                self._batcher.submit(ahead[-1])
-                if len(ahead) > 2 * self._batcher.slots:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for job in ahead:
-                job.abandon()
-
-    def _score_job(
-        self, prefix: Sequence[Message] | Sequence[int], continuations: Sequence[str], changes: Compiled
-    ) -> ScoreJob:
         encoded = [np.array(self.tokenizer.encode_text(text), np.int64) for text in continuations]
         if not encoded or any(not len(ids) for ids in encoded):
             raise UsageError("There is nothing to score.", "没有可打分的内容。")
@@ -131,7 +105,9 @@ class Engine:
                 f"Text and continuation have {len(ids) + longest} tokens; the context holds {self.info.context_limit}.",
                 f"文本与续写共 {len(ids) + longest} 个词元，超过上下文上限 {self.info.context_limit}。",
             )
-        return ScoreJob(ids, encoded, changes)
+        job = ScoreJob(ids, encoded, self.changes(interventions))
+        self._batcher.submit(job)
+        return job.result()
 
     def load_now(self) -> tuple[int, int]:
         """(requests that run, requests that wait for a place)."""

@@ -257,7 +257,6 @@ class ScoreJob(Job):
         self._done = threading.Event()
         self._left = list(continuations)
         self._after_prompt: np.ndarray | None = None
-        self._abandoned = False
         self._at = 0  # tokens of the first of `_left` that have been fed
         self._sum = 0.0
         self.rewind = False
@@ -288,14 +287,6 @@ class ScoreJob(Job):
         if self._error is not None:
             raise self._error
         return self._scores
-
-    def abandon(self) -> None:
-        """Nobody waits any more."""
-        self._abandoned = True
-
-    def interrupted(self) -> bool:
-        self.ended = self.ended or self._abandoned
-        return self.ended
 
     def fail(self, error: BaseException) -> None:
         self.ended = True

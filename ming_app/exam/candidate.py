@@ -11,6 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from ming_app.exam.wording import LETTER_JOIN, ask_for_letter
 
 BASE = (Intervention("base"),)
 """the model without its experts and its attention LoRA"""
+AT_A_TIME = 8
 LETTER_TOKENS = 12  # enough for ten letters
 
 
@@ -169,24 +171,34 @@ def sit_exam(
     tick: Callable[[Attempt, int, int], None] = lambda attempt, number, total: None,
     cancel: threading.Event | None = None,
 ) -> tuple[list[Attempt], int]:
-    """Attempts at all questions, and how many were too long for the model's context. What is in `done` (by key) is not
-    asked again. Raises StoppedError when cancelled; `tick` has seen every attempt until then."""
-    made: list[Attempt] = []
-    too_long = 0
-    for number, (question, earlier) in enumerate(asked, 1):
+    """Attempts at all questions, in order, and how many were too long for the model's context. Several are under way at a
+    time: the engine reads them together, and what they have in common once. What is in `done` (by key) is not asked again.
+    Raises StoppedError when cancelled; `tick` has seen every attempt until then."""
+
+    def sit(question: Question, earlier: Sequence[Question]) -> Attempt | None:
         if cancel is not None and cancel.is_set():
             raise StoppedError("Stopped.", "已停止。")
         one = (done or {}).get(question.key)
-        if one is not None and one.answer != "".join(question.answer):  # the key was corrected meanwhile
-            one = replace(one, answer="".join(question.answer), correct=grade(question, one.choice).correct)
-        if one is None:
-            try:
-                one = attempt(engine, question, earlier, shuffles=shuffles, changes=changes)
-            except PromptTooLongError:
-                too_long += 1
-                continue
-        made.append(one)
-        tick(one, number, len(asked))
+        if one is not None:  # the key may have been corrected meanwhile
+            return replace(one, answer="".join(question.answer), correct=grade(question, one.choice).correct)
+        try:
+            return attempt(engine, question, earlier, shuffles=shuffles, changes=changes)
+        except PromptTooLongError:
+            return None
+
+    made: list[Attempt] = []
+    too_long = 0
+    with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="exam") as pool:
+        try:
+            for number, one in enumerate(pool.map(sit, *zip(*asked, strict=True)) if asked else (), 1):
+                if one is None:
+                    too_long += 1
+                    continue
+                made.append(one)
+                tick(one, number, len(asked))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return made, too_long
 
 

@@ -185,9 +185,7 @@ class NativeBackend:
         scores = _joined([part.router_logits for part in parts])
         odds = np.exp(scores - scores.max(-1, keepdims=True))
         probabilities = (odds / odds.sum(-1, keepdims=True)).astype(np.float16)
-        return replace(
-            step, probabilities=by_row(probabilities), contributions=by_row(_contributions(parts, weights))
-        )
+        return replace(step, probabilities=by_row(probabilities), contributions=by_row(_contributions(parts, weights)))
 
     def _check(self, new: list[np.ndarray], taking: np.ndarray, router_bias: np.ndarray | None) -> None:
         if len(new) != len(taking):
