@@ -13,7 +13,8 @@ import pytest
 from ming_app.bench import cases, peers
 from ming_app.bench.cases import CASES, Case, choose_cases, result, run_bench
 from ming_app.bench.peers import Peer, PeerError, Setup
-from ming_app.bench.worker import PEERS, sized_messages
+from ming_app.bench.serving import sized_messages
+from ming_app.bench.worker import PEERS
 from ming_app.engine.prompt import ChatTokenizer
 from ming_app.errors import UsageError
 from ming_app.settings import Settings
@@ -102,7 +103,7 @@ def test_prompts_have_the_length_asked_for() -> None:
 def test_peak_memory_is_the_process_s_own_and_stays() -> None:
     """In a fresh process: 64 MiB touched and freed again stay in the peak; what this one uses does not enter."""
     code = (
-        "from ming_app.bench.worker import peak_rss; before = peak_rss(); block = bytearray(b'x') * (64 << 20); "
+        "from ming_app.bench.peers import peak_rss; before = peak_rss(); block = bytearray(b'x') * (64 << 20); "
         "del block; print(before, peak_rss())"
     )
     done = subprocess.run(

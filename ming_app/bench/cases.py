@@ -36,8 +36,8 @@ class Case:
     peer: str
     """engine, engine-base, llama, generate, exam, safety, fidelity, or "" for a fresh process per measurement"""
     measure: str
-    """decode, decode-no-trace, prefill; open-bank (60,000 questions), statistics (100,000 answers) for exam; triage (one message); load, rss for
-    a fresh process; kl:mix and the like for fidelity"""
+    """what the peer is asked for, see serving.py; open-bank (60,000 questions), statistics (100,000 answers) for exam; triage
+    (one message); load, rss for a fresh process; kl:mix and the like for fidelity"""
     unit: str
     against: tuple[str, ...] = ()
     on_request: bool = False
@@ -50,11 +50,27 @@ CASES: tuple[Case, ...] = (
     Case("decode-base", "engine-base", "decode", "tokens/s", ("llama-decode",)),
     Case("llama-decode", "llama", "decode", "tokens/s"),
     Case("generate-bf16", "generate", "decode", "tokens/s"),
+    *(
+        case
+        for context in (700, 2000)
+        for case in (
+            Case(f"decode-{context}", "engine", f"decode:{context}", "tokens/s", ("decode", f"llama-decode-{context}")),
+            Case(f"llama-decode-{context}", "llama", f"decode:{context}", "tokens/s"),
+        )
+    ),
     Case("prefill512", "engine", "prefill", "tokens/s", ("prefill512-base", "llama-prefill512")),
     Case("prefill512-base", "engine-base", "prefill", "tokens/s", ("llama-prefill512",)),
     Case("llama-prefill512", "llama", "prefill", "tokens/s"),
+    *(Case(f"streams-{count}", "engine", f"streams:{count}", "tokens/s", ("decode",)) for count in (4, 8)),
+    Case("first-word", "engine", "first:0", "s"),
+    Case("first-word-behind-7", "engine", "first:7", "s", ("first-word",)),
+    Case("score", "engine", "score", "questions/s", ("score-pairs",)),
+    Case("score-pairs", "engine", "score-pairs", "questions/s"),
+    Case("weight-bytes", "engine", "weight-bytes", "bytes"),
+    Case("bandwidth", "engine", "bandwidth", "bytes/s"),
     Case("load", "", "load", "s"),
-    Case("rss", "", "rss", "bytes"),
+    Case("rss", "", "rss", "bytes", ("llama-rss",)),
+    Case("llama-rss", "llama", "chat-rss", "bytes"),
     Case("open-bank", "exam", "open-bank", "s"),
     Case("statistics", "exam", "statistics", "s"),
     Case("triage", "safety", "triage", "ms"),
@@ -198,7 +214,7 @@ def print_results(report: dict[str, Any], console: Console) -> None:
         if entry["median"] is None:
             console.line(f"{entry['name']:<18} {console.text('missing', '缺失')}: {entry['missing']}")
             continue
-        scale, unit = (2**-20, "MiB") if entry["unit"] == "bytes" else (1.0, entry["unit"])
+        scale, unit = {"bytes": (2**-20, "MiB"), "bytes/s": (1e-9, "GB/s")}.get(entry["unit"], (1.0, entry["unit"]))
         median, low, high = (entry[key] * scale for key in ("median", "min", "max"))
         ratios = "  ".join(f"{value:.2f} x {name}" for name, value in entry["ratio_to"].items())
         console.line(f"{entry['name']:<18} {median:9.2f} {unit:<8} [{low:.2f} .. {high:.2f}]  {ratios}".rstrip())

@@ -110,4 +110,16 @@ def start_and_chat(setup: Setup) -> dict[str, float]:
     begin = time.monotonic()
     with Peer("engine", setup) as peer:
         ready = time.monotonic() - begin
-        return {"load": ready, "rss": peer.measure("rss")}
+        return {"load": ready, "rss": peer.measure("chat-rss")}
+
+
+def peak_rss() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    try:  # Linux: VmHWM is this program's own; ru_maxrss would count the parent's memory at the fork
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import psutil
+
+        info = psutil.Process().memory_info()
+        return int(getattr(info, "peak_wset", info.rss))  # elsewhere: Windows keeps a peak, others the present size

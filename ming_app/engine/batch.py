@@ -166,13 +166,7 @@ class Batcher:
                 pieces.append((row, np.array([job.feed], np.int64)))
             else:
                 reading.append(row)
-        left = PIECE if pieces else CHUNK
-        now = time.monotonic()
-        for row in sorted(reading, key=lambda one: _urgency(one, now)):
-            job = row.job
-            if left and job is not None:
-                pieces.append((row, job.prompt[job.read : job.read + left]))
-                left -= len(pieces[-1][1])
+        pieces += _portions(reading, PIECE if pieces else CHUNK)
         if pieces:
             self._run(pieces)
 
@@ -225,6 +219,21 @@ class Batcher:
         if job is not None:
             self._promised -= job.most_tokens
         row.job = None
+
+
+def _portions(reading: Sequence[_Row], left: int) -> list[tuple[_Row, np.ndarray]]:
+    """What is read next of the prompts, `left` tokens at most: the most urgent one's, and of the others those that end
+    with it. A prompt that can be finished does not wait for pieces of longer ones."""
+    taken: list[tuple[_Row, np.ndarray]] = []
+    now = time.monotonic()
+    for row in sorted(reading, key=lambda one: _urgency(one, now)):
+        job = row.job
+        assert job is not None
+        rest = len(job.prompt) - job.read
+        if not taken or rest <= left:
+            taken.append((row, job.prompt[job.read : job.read + left]))
+            left -= min(rest, left)
+    return taken
 
 
 def _urgency(row: _Row, now: float) -> float:

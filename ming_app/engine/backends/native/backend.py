@@ -18,6 +18,7 @@ from ming_app.engine.backends.native import layout
 from ming_app.engine.backends.native.build import lora_rows, rank_rows
 from ming_app.engine.backends.native.kernels import step
 from ming_app.engine.backends.native.layout import BLOCK, LANES, SIDE, TILE, Call, Record, Shape, Store, Work
+from ming_app.engine.backends.native.products import read_all
 from ming_app.engine.backends.native.spec import EMBEDDINGS, WEIGHTS, Manifest, damaged
 from ming_app.engine.backends.native.tiles import multiply
 from ming_app.engine.backends.native.vector import SUPPORTED
@@ -202,6 +203,19 @@ class NativeBackend:
         if router_bias is None or not self.num_experts:
             return np.tile(self._own_bias, (rows, 1))
         return self._own_bias + np.clip(router_bias.astype(np.float32).reshape(rows, -1), -BIAS_LIMIT, BIAS_LIMIT)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a step of one token reads."""
+        matrices, experts = self._store.matrices, self.num_experts
+        routers = 4 * experts * (2 * self._shape.width + self._shape.ffn) * self.num_layers
+        return int((matrices[:, 2] * matrices[:, 4]).sum()) + routers
+
+    def read_weights(self) -> int:
+        """Reads all weights once, doing nothing with them, on the engine's threads; how many bytes that is."""
+        with self._lock:
+            self._team.run(lambda thread, threads: read_all(thread, threads, self._store.data))
+            return len(self._store.data)
 
     def close(self) -> None:
         """Ends the threads and lets go of the weights."""

@@ -330,6 +330,16 @@ def _quantise(b: Any, x: Any, codes: Any, step: Any, side: Any) -> None:
         store(b, sum_, side, 8 + 4 * i)
 
 
+def _read_through(b: Any, x: Any, n: Any) -> Any:
+    parts = [variable(b, every(I32, 0)) for _ in range(4)]
+    with loop(b, b.udiv(n, whole(16 * LANES))) as i:
+        at = b.add(x, b.mul(i, whole(16 * LANES)))
+        for j, one in enumerate(parts):
+            b.store(b.xor(b.load(one), load(b, at, vector(I32), 4 * LANES * j)), one)
+    a, c, d, e = (b.load(one) for one in parts)
+    return b.sext(call(b, "llvm.vector.reduce.xor.v16i32", I32, b.xor(b.xor(a, c), b.xor(d, e))), I64)
+
+
 def _store_half(b: Any, value: Any, address: Any) -> None:
     store(b, b.fptrunc(value, F16), address)
 
@@ -377,6 +387,8 @@ silu_times = routine([AT, AT, AT], NONE, _silu_times)
 """(g, u, out): LANES float32 of g sigmoid(g) u"""
 quantise = routine([AT, AT, AT, AT], NONE, _quantise)
 """(x, codes, step, side): see `_quantise`"""
+read_through = routine([AT, AT], AT, _read_through)
+"""(x, n): all of n bytes, as fast as memory gives them; n is a multiple of 16 LANES"""
 store_half = routine([FLOAT, AT], NONE, _store_half)
 """(value, address): as float16"""
 store_halves = routine([AT, AT], NONE, _store_halves)
