@@ -214,27 +214,10 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
     triage.add_argument("text", metavar="TEXT", help=t("- reads standard input", "- 表示从标准输入读取"))
     add_region(triage, console)
 
+    from ming_app.bench_cli import add_bench_options
+
     bench = _command(commands, "bench", cmd_bench, [common], t("measure speed and memory", "测量速度与内存"))
-    bench.add_argument(
-        "--only", metavar="NAME", action="append", help=t("a case to run; may be repeated", "只运行该项目；可重复")
-    )
-    bench.add_argument(
-        "--repeat", type=int, default=5, metavar="N", help=t("measurements per case (5)", "每项测量次数（5）")
-    )
-    bench.add_argument(
-        "--tokens",
-        type=int,
-        default=64,
-        metavar="N",
-        help=t("tokens to decode per measurement (64)", "每次解码的词元数（64）"),
-    )
-    bench.add_argument(
-        "--prompt-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help=t("prompt before decoding (128)", "解码前的提示词元数（128）"),
-    )
+    add_bench_options(bench, t)
     return parser
 
 
@@ -490,20 +473,10 @@ def cmd_triage(args: argparse.Namespace, settings: Settings, console: Console, l
 
 
 def cmd_bench(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
-    """Speed and memory of this machine, each case beside the one it is compared with."""
-    from ming_app.bench import print_results, run_bench
+    """Speed and memory of this machine, each case beside the one it is compared with; see ming_app.bench_cli."""
+    from ming_app.bench_cli import run
 
-    report = run_bench(
-        settings,
-        args.only or [],
-        repeat=args.repeat,
-        tokens=args.tokens,
-        prompt_tokens=args.prompt_tokens,
-        note=console.note,
-    )
-    print_results(report, console)
-    console.result(report)
-    return 0
+    return run(args, settings, console)
 
 
 # -- shared by the commands -------------------------------------------------------------------------------------------

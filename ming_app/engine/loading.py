@@ -38,7 +38,7 @@ def load_engine(settings: Settings, progress: ProgressCallback | None = None) ->
     adapter = None
     if local.adapter is not None:
         adapter = load_adapter(local.adapter, base_fingerprint=local.fingerprint, base_config=base_config).padded()
-    folder = _engine_folder(settings, local, adapter, precision) if backend_name == "cpu" else None
+    folder = engine_folder(settings, local, adapter, precision) if backend_name == "cpu" else None
     built = folder is None or folder.is_dir()
     molora = adapter.config if adapter else None
     preflight(base_config, backend_name, precision, settings, molora, device=device, built=built)
@@ -91,7 +91,7 @@ def choose_backend(settings: Settings, model: Model) -> tuple[str, str, str]:
     return backend, precision, device
 
 
-def _engine_folder(settings: Settings, local: LocalModel, adapter: Adapter | None, recipe: str) -> Path:
+def engine_folder(settings: Settings, local: LocalModel, adapter: Adapter | None, recipe: str) -> Path:
     """Where the built engine of this base, adapter and recipe lies in the cache, built or not."""
     from ming_app.engine.backends.native.spec import engine_key
 
