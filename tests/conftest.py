@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from ming_app.engine.backends.native import own_folder
+from ming_app.settings import Settings
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 KEPT_VARIABLES = ("MING_CACHE_DIR", "MING_WEIGHTS")  # where the weights are; every other setting is the test's own
@@ -25,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     kept = tempfile.TemporaryDirectory(prefix="ming-tests-")  # nobody's real progress is touched
     config.add_cleanup(kept.cleanup)
     os.environ["XDG_DATA_HOME"] = kept.name
+    # kernels are compiled once for all tests, whatever cache each of them has
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(own_folder(Settings.load().cache_dir)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -79,6 +79,11 @@ CASES: tuple[Case, ...] = (
         for recipe in RECIPES
         for measure in MEASURES
     ),
+    *(
+        Case(f"{measure}-{kind}", "fidelity-base", f"{measure}:{what}", unit, (), True)
+        for kind, what in (("base", "4bit"), ("llama", "llama"))
+        for measure, unit in (("kl", "nats"), ("same-token", "share"))
+    ),
 )
 
 
@@ -147,7 +152,7 @@ def choose_cases(only: Sequence[str]) -> list[Case]:
 
 def why_missing(peer: str) -> str:
     """Why a peer cannot run here, "" when it can."""
-    if peer == "llama" and importlib.util.find_spec("llama_cpp") is None:
+    if peer in ("llama", "fidelity-base") and importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed (pip install -r requirements-bench.txt)"
     return ""
 

@@ -11,15 +11,16 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ming_app.engine.types import Backend, Message, SamplingParams, Token
+from ming_app.engine.types import Backend, Message, SamplingParams, Step, Token
 
 if TYPE_CHECKING:
     from ming_app.bench.peers import Setup
     from ming_app.engine.engine import Engine
+    from ming_app.settings import Settings
 
 RECIPES = ("4bit", "mix", "8bit")
 MEASURES = ("kl", "same-token", "same-experts")
@@ -38,7 +39,17 @@ class Closeness:
     """None without an adapter"""
 
 
-def compare(reference: Backend, other: Backend, texts: Sequence[np.ndarray]) -> Closeness:
+class Reads(Protocol):
+    """The part of a Backend that is compared."""
+
+    def new_cache(self, batch: int, capacity: int, /) -> Any:
+        """Room for one text."""
+
+    def forward(self, ids: Sequence[np.ndarray], cache: Any, /, *, all_logits: bool) -> Step:
+        """Its logits, and experts where there are any."""
+
+
+def compare(reference: Reads, other: Reads, texts: Sequence[np.ndarray]) -> Closeness:
     """Both backends read `texts` (int64 ids) one after the other."""
     divergence, token, experts = [], [], []
     for ids in texts:
@@ -75,7 +86,8 @@ def example_questions() -> list[str]:
 
 
 def fidelity_peer(setup: Setup) -> Callable[[str], float]:
-    """Measures "kl:mix" and the like; each recipe is compared once and remembered."""
+    """Measures "kl:mix" and the like; each recipe is compared once and remembered. "llama" is llama.cpp on the same file,
+    to be compared on the bare base, for it cannot carry the adapter."""
     from ming_app.engine.engine import Engine
 
     results: dict[str, Closeness] = {}
@@ -85,15 +97,47 @@ def fidelity_peer(setup: Setup) -> Callable[[str], float]:
 
     def measure(what: str) -> float:
         name, _, recipe = what.partition(":")
+        if not texts:
+            texts.extend(example_texts(Engine.load(settings.with_(backend="cpu", precision=RECIPES[0]))))
         if recipe not in results:
-            engine = Engine.load(settings.with_(backend="cpu", precision=recipe))
-            if not texts:
-                texts.extend(example_texts(engine))
-            results[recipe] = compare(reference.backend, engine.backend, texts)
+            other = _Llama(setup) if recipe == "llama" else _engine(settings, recipe)
+            results[recipe] = compare(reference.backend, other, texts)
         value = getattr(results[recipe], name.replace("-", "_"))
         return float("nan") if value is None else float(value)
 
     return measure
+
+
+def _engine(settings: Settings, recipe: str) -> Backend:
+    from ming_app.engine.engine import Engine
+
+    return Engine.load(settings.with_(backend="cpu", precision=recipe)).backend
+
+
+class _Llama:
+    """As much of a Backend as `compare` needs, over llama.cpp."""
+
+    def __init__(self, setup: Setup):
+        from llama_cpp import Llama
+
+        from ming_app.models.catalog import find_model
+        from ming_app.models.fetch import fetch
+
+        local, threads = fetch(find_model(setup.settings.model), setup.settings), setup.settings.threads
+        context = setup.settings.context
+        self._llama = Llama(
+            str(local.base), n_ctx=context, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
+        )
+
+    def new_cache(self, _batch: int, _capacity: int) -> None:
+        """llama.cpp keeps its own."""
+        self._llama.reset()
+
+    def forward(self, ids: Sequence[np.ndarray], _cache: None, *, all_logits: bool) -> Step:
+        """All logits of the one row."""
+        assert all_logits  # as `compare` asks
+        self._llama.eval(ids[0].tolist())
+        return Step([np.array(self._llama.scores[: len(ids[0])], np.float32)], None, None)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -123,9 +123,8 @@ def readme_table(reports: Sequence[Mapping[str, Any]]) -> str:
     machine = reports[0]["machine"]
     llama = machine["versions"].get("llama-cpp-python", "")
     lines = [
-        f"Measured by `python -m ming_app bench --report` on {machine['threads']} cores of an {machine['cpu']}, medians of "
-        f"{reports[0]['repeat']} interleaved",
-        f"rounds; llama.cpp (llama-cpp-python {llama}) runs the same GGUF without any adapter:",
+        f"Measured by `python -m ming_app bench --report bench-report` on {machine['threads']} cores of an {machine['cpu']},",
+        f"medians of {reports[0]['repeat']} interleaved rounds; llama.cpp (llama-cpp-python {llama}) runs the same GGUF without any adapter:",
         "",
         f"| | {' | '.join(report['model'].removeprefix('ming-moe-').upper() for report in reports)} |",
         f"|---|{'---:|' * len(reports)}",

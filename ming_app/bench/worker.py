@@ -109,6 +109,7 @@ PEERS = {
     "exam": exam_peer,
     "safety": safety_peer,
     "fidelity": fidelity_peer,
+    "fidelity-base": lambda setup: fidelity_peer(replace(setup, settings=setup.settings.with_(adapter="none"))),
 }
 
 

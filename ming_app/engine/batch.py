@@ -8,6 +8,7 @@ only what is new. Memory is bounded: a request is let in when its longest possib
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from ming_app.engine.interventions import Compiled
 from ming_app.engine.jobs import Job, ScoreJob
 from ming_app.engine.types import Backend, Gates, Step
 from ming_app.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 256  # tokens of prompts per step while nobody writes
 PIECE = 32  # ... and while somebody does: bounds the pause between two of their words
@@ -87,6 +90,17 @@ class Batcher:
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
+        try:
+            self._go_on()
+        except BaseException as error:  # nobody must wait for a thread that is gone
+            with self._changed:
+                for job in [*(row.job for row in self._rows if row.job is not None), *self._waiting]:
+                    job.fail(error)
+                self._rows, self._waiting, self._promised, self._thread = [], [], 0, None
+            logger.error("the batch thread failed: %s", type(error).__name__)
+
+    def _go_on(self) -> None:
+        """Steps until there has been nothing to do for a while, or the engine is closed."""
         if not self._rows:
             self._cache = self._backend.new_cache(self.slots + SPARE_ROWS, self._context, self._tokens)
             self._rows = [_Row(index) for index in range(self.slots + SPARE_ROWS)]
@@ -120,9 +134,9 @@ class Batcher:
             if running and self._promised + job.most_tokens > self._tokens:
                 held_back = now - job.arrived > PATIENCE
                 continue
+            row = self._seat(job)
             self._waiting.remove(job)
             self._promised += job.most_tokens
-            row = self._seat(job)
             row.job, row.used = job, now
             job.begin()
 
@@ -193,7 +207,10 @@ class Batcher:
             experts = None if step.experts is None else step.experts[index]
             weights = None if step.weights is None else step.weights[index]
             log_total = None if step.log_totals is None else float(step.log_totals[index])
-            job.took(len(ids), step.logits[index], log_total, experts, weights)
+            try:
+                job.took(len(ids), step.logits[index], log_total, experts, weights)
+            except Exception as error:  # a bug in one job must not end the others
+                job.fail(error)
             if job.ended:
                 self._leave(row)
 

@@ -124,10 +124,10 @@ def _open_cpu(
         if not folder.is_dir():
             build()
         try:
-            return NativeBackend.open(folder, settings.threads, settings.context)
+            return NativeBackend.open(folder, settings.threads, settings.context, progress)
         except WeightsError:  # a build that a crash or a full disk damaged: what it was made from is still here
             build()
-            return NativeBackend.open(folder, settings.threads, settings.context)
+            return NativeBackend.open(folder, settings.threads, settings.context, progress)
 
 
 def _info(local: LocalModel, adapter: Adapter | None, backend: Backend) -> EngineInfo:

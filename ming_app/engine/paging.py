@@ -27,6 +27,7 @@ class PagedCache:
         self.tables = np.full((batch, per_row), -1, np.int64)
         """int64 [B, n]: pages of every row, in order"""
         self.pages = batch * per_row if tokens is None else max(1, -(-tokens // PAGE))
+        self._held = np.zeros(batch, np.int64)  # pages per row; more than its tokens need after a forward that failed
         self._holders = np.zeros(self.pages, np.int64)
         self._free = list(range(self.pages - 1, -1, -1))
 
@@ -41,9 +42,9 @@ class PagedCache:
 
     def needed(self, row: int, tokens: int) -> int:
         """Pages that so many more tokens of a row take, copies of shared ones counted."""
-        held, length = self._held(row), int(self.lengths[row])
-        more = -(-(length + tokens) // PAGE) - held
-        copied = tokens > 0 and length % PAGE and self._holders[self.tables[row, held - 1]] > 1
+        length = int(self.lengths[row])
+        more = -(-(length + tokens) // PAGE) - int(self._held[row])
+        copied = tokens > 0 and length % PAGE and self._holders[self.tables[row, length // PAGE]] > 1
         return max(more, 0) + bool(copied)
 
     def fits(self, rows: Sequence[int], counts: Sequence[int]) -> bool:
@@ -55,19 +56,20 @@ class PagedCache:
         if not 0 <= length <= self.lengths[row]:
             raise ValueError(f"row {row} holds {self.lengths[row]} tokens, cannot keep {length}")
         keep = -(-length // PAGE)
-        for index in range(keep, self._held(row)):
+        for index in range(keep, int(self._held[row])):
             self._release(int(self.tables[row, index]))
             self.tables[row, index] = -1
+        self._held[row] = min(keep, int(self._held[row]))
         self.lengths[row] = length
 
     def share(self, source: int, target: int, length: int) -> int:
         """Gives the empty row `target` the first tokens of `source`, whole pages only; how many it now holds."""
-        if self.lengths[target]:
+        if self._held[target]:
             raise ValueError(f"row {target} is not empty")
         pages = min(length, int(self.lengths[source])) // PAGE
         self.tables[target, :pages] = self.tables[source, :pages]
         self._holders[self.tables[target, :pages]] += 1
-        self.lengths[target] = pages * PAGE
+        self._held[target], self.lengths[target] = pages, pages * PAGE
         return pages * PAGE
 
     def reserve(self, rows: np.ndarray, counts: np.ndarray) -> None:
@@ -84,18 +86,16 @@ class PagedCache:
                 f"内存中的对话已达到 {self.pages * PAGE} 个词元的上限。",
             )
         for row, count in zip(rows, counts, strict=True):
-            held, length = self._held(row), int(self.lengths[row])
-            last = self.tables[row, held - 1] if held else -1
-            if length % PAGE and self._holders[last] > 1:
+            length = int(self.lengths[row])
+            last = int(self.tables[row, length // PAGE]) if length % PAGE else -1
+            if last >= 0 and self._holders[last] > 1:
                 own = self._take()
-                self.copy_page(int(last), own)
-                self._release(int(last))
-                self.tables[row, held - 1] = own
-            for index in range(held, -(-(length + int(count)) // PAGE)):
+                self.copy_page(last, own)
+                self._release(last)
+                self.tables[row, length // PAGE] = own
+            for index in range(int(self._held[row]), -(-(length + int(count)) // PAGE)):
                 self.tables[row, index] = self._take()
-
-    def _held(self, row: int) -> int:
-        return -(-int(self.lengths[row]) // PAGE)
+                self._held[row] += 1
 
     def _take(self) -> int:
         page = self._free.pop()

@@ -17,7 +17,7 @@ class Progress:
     """How far one stage is."""
 
     stage: str
-    """"fetch", "convert", "build" or "load\""""
+    """"fetch", "convert", "build", "kernels" or "load\""""
     done: int
     total: int
     """0 when not known"""

@@ -52,6 +52,10 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "load.fetch": {"en": "Downloading the weights", "zh": "正在下载模型权重"},
     "load.convert": {"en": "Converting the weights (first start only)", "zh": "正在转换权重（仅首次启动）"},
     "load.build": {"en": "Building the quantised engine (first start only)", "zh": "正在构建量化引擎（仅首次启动）"},
+    "load.kernels": {
+        "en": "Compiling the engine for this processor (first start only)",
+        "zh": "正在为本机处理器编译引擎（仅首次启动）",
+    },
     "load.load": {"en": "Loading the model", "zh": "正在加载模型"},
     "load.measure": {"en": "Measuring", "zh": "正在评测"},
     "load.left": {"en": "{time} left", "zh": "剩余约 {time}"},

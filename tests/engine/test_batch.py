@@ -266,6 +266,33 @@ def test_a_failing_request_fails_alone(make, monkeypatch):
     assert engine.load_now() == (0, 0)
 
 
+def test_pages_of_a_failed_step_are_not_lost(make, monkeypatch):
+    engine = make()
+    cache = engine.backend.new_cache(2, 64, tokens=64)
+    monkeypatch.setattr(engine.backend, "_part", lambda *_: 1 / 0)
+    for _ in range(10):
+        with pytest.raises(ZeroDivisionError):
+            engine.backend.forward([np.arange(20)], cache, rows=[1])
+    cache.truncate(1, 0)
+    assert cache.free_tokens == 64
+
+
+def test_a_thread_that_breaks_tells_everybody_and_is_replaced(make, monkeypatch):
+    engine = make()
+    params = SamplingParams(max_new_tokens=5, temperature=0)
+    good = result(engine.stream(question(1), params))
+    monkeypatch.setattr("ming_app.engine.batch._key", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(engine.stream(question(1), params))
+    monkeypatch.undo()
+    assert same(result(engine.stream(question(1), params)), good)
+    monkeypatch.setattr("ming_app.engine.jobs.Sampler.choose", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(engine.stream(question(1), params))
+    monkeypatch.undo()
+    assert same(result(engine.stream(question(1), params)), good)
+
+
 def test_scores_at_the_same_time_equal_scores_alone(make):
     engine, alone = make(), make(slots=1)
     tasks = [(question(i, 2 + i % 9), ["yes", "否", " A", "a longer one"][: 1 + i % 4]) for i in range(40)]

@@ -17,7 +17,8 @@ from cpu_tiny import VOCAB, DictSource, llama, qwen2, reference, with_adapter
 from ming_app.engine.backends.native import backend as engine
 from ming_app.engine.backends.native.backend import NativeBackend
 from ming_app.engine.backends.native.build import build_engine
-from ming_app.engine.types import CacheFullError
+from ming_app.engine.backends.native.kernels import step
+from ming_app.engine.types import CacheFullError, Gates
 from ming_app.molora.config import MoLoRAConfig
 from ming_app.molora.inject import InjectedModel
 
@@ -269,6 +270,16 @@ def test_threads_do_not_change_the_result(build):
     np.testing.assert_array_equal(steps[0].logits[0], steps[1].logits[0])
     np.testing.assert_array_equal(steps[0].logits[0], built.whole(ids).logits[0])
     one.close(), three.close()
+
+
+def test_everything_runs_on_one_compiled_version(build):
+    """Another would be compiled in the middle of an answer, by several threads at once."""
+    for name in CASES:
+        built = build(name)
+        gates = Gates.unchanged(2, 2, 3, built.backend.top_k) if built.backend.num_experts else None
+        for options in ({}, {"all_logits": True}, {"measure": True}, {"gates": gates}):
+            built.backend.forward([tokens(3), tokens(1)], built.backend.new_cache(3, 64, 96), rows=[2, 0], **options)
+    assert len(step.signatures) == 1
 
 
 @pytest.mark.parametrize("processor", ["haswell", "x86-64"])

@@ -203,3 +203,19 @@ def test_old_style_config_is_read():
     shape = BaseShape.from_config(old | {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert shape.rope == Rope(theta=1e6, kind="linear", factor=2.0)
     assert (shape.kv_heads, shape.head_dim, shape.tied) == (4, 16, False)
+
+
+def test_kernels_are_kept_by_their_version(tmp_path, monkeypatch):
+    from ming_app.engine.backends import native
+
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    (tmp_path / "kernels" / "0123").mkdir(parents=True)
+    first = native.own_folder(tmp_path)
+    assert [one.name for one in first.parent.iterdir()] == [first.name] and first.is_relative_to(tmp_path)
+    (first / "code").write_text("x")
+    assert native.own_folder(tmp_path) == first and (first / "code").exists()
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "elsewhere" / "__init__.py"))  # other sources
+    assert native.own_folder(tmp_path) != first and not first.exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "ming-kernels-" in native.own_folder(file).name  # cannot be written

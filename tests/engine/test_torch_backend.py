@@ -152,3 +152,32 @@ def test_a_base_with_missing_or_foreign_tensors_is_refused(tmp_path):
     save_file({**tensors, "model.layers.0.mlp.extra.weight": np.zeros(3, np.float32)}, base / "model.safetensors")
     with pytest.raises(MingError, match="extra"):
         load_torch_model(base)
+
+
+def test_steps_of_fixed_shape_give_the_same(backend):
+    """As on a GPU, where they are recorded: rows and pages are filled up, and what fills them changes nothing."""
+    rng = np.random.default_rng(3)
+    rows = [rng.integers(0, backend.vocab_size, n) for n in (40, 3, 17)]
+    bias = np.zeros((3, backend.num_layers, 3, backend.num_experts), np.float32)
+    bias[1, :, :, 0] = -1e4
+    caches = [backend.new_cache(5, 64, tokens=256) for _ in range(2)]
+    try:
+        for step in range(12):
+            given = None if step % 3 else bias
+            ids = rows if step == 0 else [rng.integers(0, backend.vocab_size, 1) for _ in rows]
+            found = []
+            for fixed, cache in zip((False, True), caches, strict=True):
+                backend.fixed_steps = fixed
+                found.append(backend.forward(ids, cache, rows=[4, 0, 2], router_bias=given))
+            np.testing.assert_allclose(found[0].logits, found[1].logits, atol=2e-5)
+            for one, two in zip(found[0].experts, found[1].experts, strict=True):
+                np.testing.assert_array_equal(one, two)
+        assert {shape[:2] for shape in caches[1].fixed} == {(4, 16)} and not caches[0].fixed
+        backend.fixed_steps = True
+        caches[1].truncate(4, 20)
+        caches[0].truncate(4, 20)
+        one = backend.forward([np.array([7])], caches[1], rows=[4])
+        backend.fixed_steps = False
+        np.testing.assert_allclose(one.logits, backend.forward([np.array([7])], caches[0], rows=[4]).logits, atol=2e-5)
+    finally:
+        backend.fixed_steps = False

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numba import typeof
 
 from ming_app.engine.backends.native import layout
 from ming_app.engine.backends.native.build import lora_rows, rank_rows
@@ -25,6 +26,7 @@ from ming_app.engine.backends.native.vector import SUPPORTED
 from ming_app.engine.paging import PagedCache
 from ming_app.engine.types import Gates, Step
 from ming_app.errors import UsageError
+from ming_app.models.progress import Meter, ProgressCallback
 
 CHUNK = 256  # tokens per step: enough for full speed, and it bounds the memory of activations
 PHASES = 20  # per layer, at most
@@ -79,8 +81,15 @@ class NativeBackend:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, build_dir: str | os.PathLike[str], threads: int = 0, max_context: int = 4096) -> NativeBackend:
-        """Opens a folder made by `build_engine`. `threads` 0: one per usable core. `max_context` is capped by the base's.
+    def open(
+        cls,
+        build_dir: str | os.PathLike[str],
+        threads: int = 0,
+        max_context: int = 4096,
+        progress: ProgressCallback | None = None,
+    ) -> NativeBackend:
+        """Opens a folder made by `build_engine`, ready to run. `threads` 0: one per usable core. `max_context` is capped by
+        the base's.
 
         Raises WeightsError when the build is damaged or incomplete, UsageError for a processor that cannot run it.
         """
@@ -91,7 +100,12 @@ class NativeBackend:
             )
         folder = Path(build_dir)
         manifest = Manifest.read(folder)
-        return cls(folder, manifest, min(max_context, manifest.base.max_positions), threads)
+        backend = cls(folder, manifest, min(max_context, manifest.base.max_positions), threads)
+        meter = Meter(progress, "kernels", 1, "steps")
+        meter.update(0, force=True)
+        backend.prepare()
+        meter.update(1, force=True)
+        return backend
 
     def new_cache(self, batch: int, capacity: int, tokens: int | None = None) -> NativeCache:
         """See `Backend.new_cache`; `capacity` is at most `max_context`. Memory is taken as tokens arrive. Raises ValueError."""
@@ -132,15 +146,31 @@ class NativeBackend:
             cache.lengths[taking] += counts
         return self._result(parts, ends, all_logits, measure)
 
+    def prepare(self) -> None:
+        """Compiles the kernels for this processor, or reads them where an earlier run has kept them."""
+        with self._lock:
+            cache, gates = self.new_cache(1, 1), Gates.unchanged(1, self.num_layers, 3, self.top_k)
+            zero = np.zeros(1, np.int64)
+            asked = _Asked(zero, zero, cache.tables, cache.pool, self._bias(None, 1), gates, False)
+            call, record = self._arguments(1, asked, np.ones(1, bool), slice(0, 1))
+            step.compile(tuple(map(typeof, (0, 1, self._shape, self._store, self._work, call, record))))
+            read_all.compile(tuple(map(typeof, (0, 1, self._store.data))))
+
     def _part(self, flat: np.ndarray, asked: _Asked, wanted: np.ndarray, tokens: slice) -> Record:
         """Up to CHUNK tokens in one step."""
-        s, k = self._shape, int(asked.gates.top_k.max()) if self.num_experts else 0
-        ids = flat[tokens]
-        count, cells = len(ids), 3 * s.layers
-        work = self._work
+        ids, work, s = flat[tokens], self._work, self._shape
+        count = len(ids)
         work.x[:count, : s.hidden] = self._embeddings[ids]
         work.x[:count, s.hidden :] = 0
         work.sync[:] = 0
+        call, record = self._arguments(count, asked, wanted, tokens)
+        self._team.run(lambda thread, threads: step(thread, threads, s, self._store, work, call, record))
+        return record
+
+    def _arguments(self, count: int, asked: _Asked, wanted: np.ndarray, tokens: slice) -> tuple[Call, Record]:
+        """What the kernels read, and room for what they leave, for `count` tokens."""
+        s, k = self._shape, int(asked.gates.top_k.max()) if self.num_experts else 0
+        cells = 3 * s.layers
         places = np.flatnonzero(wanted[tokens])
         gates, rows = asked.gates, len(asked.tables)
         call = Call(
@@ -166,8 +196,7 @@ class NativeBackend:
             np.zeros((measured, cells, k), np.float32),
             np.zeros((measured, cells), np.float32),
         )
-        self._team.run(lambda thread, threads: step(thread, threads, s, self._store, work, call, record))
-        return record
+        return call, record
 
     def _result(self, parts: Sequence[Record], ends: np.ndarray, all_logits: bool, measure: bool) -> Step:
         logits = _joined([part.logits for part in parts])[:, : self.vocab_size]
@@ -224,6 +253,12 @@ class NativeBackend:
             for name in ("_store", "_embeddings", "_work"):
                 self.__dict__.pop(name, None)
 
+    def __del__(self) -> None:
+        """The threads end with an engine that nobody closed."""
+        team = self.__dict__.get("_team")
+        if team is not None:
+            team.close()
+
 
 class NativeCache(PagedCache):
     """Keys and values as `layout.Call` has them; memory is taken from the system as pages are first used."""
@@ -250,26 +285,22 @@ class _Asked:
 
 
 class _Team:
-    """Threads that run one function together: `run(f)` calls f(i, n) on each of them, the caller being the first.
-
-    What has to be compiled is compiled by the caller alone, before the others enter: kernels wait for one another, and a
-    thread that fails would leave the rest waiting.
-    """
+    """Threads that run one function together: `run(f)` calls f(i, n) on each of them, the caller being the first. What they
+    run must be compiled: kernels wait for one another, and a thread that fails would leave the rest waiting."""
 
     def __init__(self, size: int):
         self.size = size
         self._job: Callable[[int, int], object] | None = None
+        self._closed = False
         self._begin = [_taken_lock() for _ in range(size - 1)]
         self._ended = [_taken_lock() for _ in range(size - 1)]
-        self._warm = False
         for index in range(size - 1):
             threading.Thread(target=self._serve, args=(index,), name=f"ming-cpu-{index + 1}", daemon=True).start()
 
     def run(self, job: Callable[[int, int], object]) -> None:
         """Returns when all are done."""
-        if self.size == 1 or not self._warm:
+        if self.size == 1:
             job(0, 1)
-            self._warm = True
             return
         self._job = job
         for lock in self._begin:
@@ -277,10 +308,11 @@ class _Team:
         job(0, self.size)
         for lock in self._ended:
             lock.acquire()
+        self._job = None  # it holds on to the engine
 
     def close(self) -> None:
         """Ends the threads."""
-        self._job = None
+        self._closed = True
         for lock in self._begin[: self.size - 1]:
             lock.release()
         self.size = 1
@@ -288,7 +320,7 @@ class _Team:
     def _serve(self, index: int) -> None:
         while True:
             self._begin[index].acquire()
-            if self._job is None:
+            if self._closed or self._job is None:
                 return
             self._job(index + 1, self.size)
             self._ended[index].release()

@@ -18,10 +18,13 @@ from llvmlite import binding, ir
 from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
+from ming_app.engine.backends.native import keep_kernels_in
 from ming_app.engine.backends.native.layout import LANES
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, VOID = ir.HalfType(), ir.FloatType(), ir.VoidType()
+keep_kernels_in()  # before anything is compiled
+
 LN2, LOG2E = 0.6931471805599453, 1.4426950408889634
 EXP_TERMS = (
     1.0,
