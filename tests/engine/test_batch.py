@@ -113,6 +113,30 @@ def test_together_equals_alone(make):
     assert any(len(one[-1].experts[0, 0, 0]) == 3 for one in alone if one[-1] is not None)
 
 
+def test_together_is_alone_on_the_reference_backend_too(parts):
+    """There within float32 rounding: a batch adds in another order."""
+    from ming_app.engine.backends.torch import TorchBackend
+    from ming_app.models.load import load_torch_model
+
+    _, base, adapter = parts
+    backend = TorchBackend(load_torch_model(base, adapter), CONTEXT)
+    info = EngineInfo("tiny", "Tiny", "torch", "float32", "cpu", 2, 4, 2, CONTEXT, "ab", adapter.config.to_dict())
+    alone, engine = (Engine(backend, ChatTokenizer.from_folder(base), info, slots=slots) for slots in (1, 5))
+    asked = requests()[:12]
+    want = [result(alone.stream(*one)) for one in asked]
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda one: result(engine.stream(*one)), asked))
+    for one, two in zip(want, found, strict=True):
+        assert one[0] == two[0] and one[2:5] == two[2:5]
+        np.testing.assert_allclose(one[1], two[1], atol=1e-3)
+        if one[5] is not None:
+            assert np.array_equal(one[5].experts, two[5].experts) and one[5].tokens[:5] == two[5].tokens[:5]
+    talk = [*asked[0][0], Message("assistant", want[0][0]), Message("user", "and then?")]
+    start = next(iter(engine.stream(talk, asked[0][1])))
+    assert start.reused_tokens >= want[0][3]
+    alone.close()
+
+
 def test_the_next_turn_reads_only_what_is_new(make):
     engine, fresh = make(), make()
     params = SamplingParams(max_new_tokens=24, temperature=0)
