@@ -34,8 +34,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def test_both_models_are_asked(engine: Engine) -> None:
     seen: list[str] = []
     case = study(engine, HOSTILE, tokens=6, on_text=lambda side, text: seen.append(side))
-    assert case.sides["adapted"].chances == probabilities(engine, HOSTILE, list("ABCDE"))
-    assert case.sides["base"].chances == probabilities(engine, HOSTILE, list("ABCDE"), (), BASE)
+    for side, changes in (("adapted", ()), ("base", BASE)):  # read again in other pieces: float32 rounds differently
+        again = probabilities(engine, HOSTILE, list("ABCDE"), (), changes)
+        assert case.sides[side].chances == pytest.approx(again, abs=1e-5)
     assert case.sides["base"].chances != case.sides["adapted"].chances and set(seen) == {"base", "adapted"}
     assert list(case.routes) == list("ABCDE") and case.routes["A"].shape == (2, 3, 4)
 
