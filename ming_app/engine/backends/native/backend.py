@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numba import typeof
 
-from ming_app.engine.backends.native import layout
+from ming_app.engine.backends.native import keep_kernels_in, layout
 from ming_app.engine.backends.native.build import lora_rows, rank_rows
 from ming_app.engine.backends.native.kernels import step
 from ming_app.engine.backends.native.layout import BLOCK, LANES, SIDE, TILE, Call, Record, Shape, Store, Work
@@ -101,6 +101,9 @@ class NativeBackend:
         folder = Path(build_dir)
         manifest = Manifest.read(folder)
         backend = cls(folder, manifest, min(max_context, manifest.base.max_positions), threads)
+        if any(keep_kernels_in().rglob("kernels.step-*.nbi")):
+            backend.prepare()
+            return backend
         meter = Meter(progress, "kernels", 1, "steps")
         meter.update(0, force=True)
         backend.prepare()
