@@ -272,6 +272,17 @@ def test_threads_do_not_change_the_result(build):
     one.close(), three.close()
 
 
+@pytest.mark.parametrize("measure", [False, True])
+def test_every_phase_has_a_counter(build, monkeypatch, measure):
+    """A phase without one would count in memory that is not its own."""
+    backend, taken = build(MAIN).backend, []
+    monkeypatch.setattr(backend._team, "run", lambda job: taken.append(job(0, 1)))
+    backend.forward([tokens(3)], backend.new_cache(1, 16), measure=measure)
+    each = 22 if measure else 20
+    assert taken[0] == 3 + 2 * each  # of the end, and of two layers
+    assert each <= engine.PHASES and len(backend._work.sync) == 2 + 3 * engine.PHASES
+
+
 def test_everything_runs_on_one_compiled_version(build):
     """Another would be compiled in the middle of an answer, by several threads at once."""
     for name in CASES:

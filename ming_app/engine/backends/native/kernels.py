@@ -396,8 +396,9 @@ def feed_forward(
 
 
 @jit
-def step(thread: int, threads: int, shape: Shape, store: Store, work: Work, call: Call, record: Record) -> None:
-    """Reads the T tokens whose embeddings lie in work.x; logits of those wanted and the routing go into the record."""
+def step(thread: int, threads: int, shape: Shape, store: Store, work: Work, call: Call, record: Record) -> int:
+    """Reads the T tokens whose embeddings lie in work.x; logits of those wanted and the routing go into the record. Gives the
+    number of phases it took, each of which has a counter in work.sync."""
     phase = 0
     for layer in range(shape.layers):
         phase = attention(thread, threads, phase, layer, shape, store, work, call)
@@ -418,4 +419,4 @@ def step(thread: int, threads: int, shape: Shape, store: Store, work: Work, call
         at, padded = logits.ctypes.data, len(logits)
         top = largest(at, padded)
         record.log_totals[i] = top + np.float32(math.log(sum_of_exponentials(at, padded, top)))
-    meet(work.sync, phase, threads)
+    return meet(work.sync, phase, threads)
