@@ -91,17 +91,6 @@ def _widen(model: torch.nn.Module) -> Any:
     return model
 
 
-def on_four_bits(model: Any, *, projections: tuple[str, ...] = ("gate", "up", "down")) -> Any:
-    """Puts FFN weights on 16 levels per block of 32, with a minimum of its own in each block, as Q4_K leaves them."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if any(f"{projection}_proj" in name for projection in projections) and "mlp" in name:
-                blocks = parameter.view(parameter.shape[0], -1, 32)
-                low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-                blocks.copy_(((blocks - low) / (high - low) * 15).round() * ((high - low) / 15) + low)
-    return model
-
-
 def with_adapter(model: torch.nn.Module, config: MoLoRAConfig) -> tuple[InjectedModel, Adapter]:
     """Injects a random adapter (B not zero) and gives it as an Adapter too."""
     torch.manual_seed(3)

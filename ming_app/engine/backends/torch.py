@@ -224,9 +224,8 @@ class TorchBackend:
         if bias is not None and injected:
             inputs["bias"] = np.asarray(bias, np.float32)
         if injected:
-            if (
-                injected.state.generator and not cache.lengths[taking].any()
-            ):  # a request draws its experts alike each time
+            beginning = not cache.lengths[taking].any()
+            if injected.state.generator and beginning:  # a request draws its experts alike each time
                 injected.state.generator.manual_seed(0)
             injected.state.gates = None if gates is None else _gate_tensors(gates, device)
             injected.state.measure = measure

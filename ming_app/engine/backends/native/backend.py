@@ -157,7 +157,6 @@ class NativeBackend:
             asked = _Asked(zero, zero, cache.tables, cache.pool, self._bias(None, 1), gates, False)
             call, record = self._arguments(1, asked, np.ones(1, bool), slice(0, 1))
             step.compile(tuple(map(typeof, (0, 1, self._shape, self._store, self._work, call, record))))
-            read_all.compile(tuple(map(typeof, (0, 1, self._store.data))))
 
     def _part(self, flat: np.ndarray, asked: _Asked, wanted: np.ndarray, tokens: slice) -> Record:
         """Up to CHUNK tokens in one step."""
@@ -246,6 +245,7 @@ class NativeBackend:
     def read_weights(self) -> int:
         """Reads all weights once, doing nothing with them, on the engine's threads; how many bytes that is."""
         with self._lock:
+            read_all.compile(tuple(map(typeof, (0, 1, self._store.data))))
             self._team.run(lambda thread, threads: read_all(thread, threads, self._store.data))
             return len(self._store.data)
 

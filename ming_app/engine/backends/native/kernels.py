@@ -32,7 +32,6 @@ from ming_app.engine.backends.native.layout import (
     DOWN,
     GRAM,
     LANES,
-    MATRICES,
     NORM_1,
     NORM_2,
     OUT,
@@ -53,7 +52,6 @@ from ming_app.engine.backends.native.products import (
     jit,
     linear,
     meet,
-    product,
     quantise_token,
     take,
 )
@@ -170,13 +168,20 @@ def squared_norm(store: Store, layer: int, projection: int, expert: int, h: np.n
 
 
 @jit
-def quantise_lora(ranks: int, layer: int, token: int, tokens: int, work: Work, call: Call, scratch: np.ndarray) -> None:
-    """The rank rows of the attention LoRA of one token, at its strength, quantised."""
-    strength = call.attention[call.row[token], layer]
-    for i in range(ranks):
-        scratch[i] = work.ranks[token, i] * strength
+def lora_ranks(
+    thread: int, threads: int, phase: int, layer: int, matrix: int, ranks: int, store: Store, work: Work, call: Call
+) -> int:
+    """h = A x of an attention LoRA, at its strength, quantised; the number of the next phase."""
+    tokens, scratch = len(call.row), work.scratch[thread]
+    linear(store, layer, matrix, -1, -1, tokens, work.ranks, False, work, thread, phase, threads, False)
+    phase = meet(work.sync, phase, threads)
     codes, side = work.rank_codes[0].ctypes.data, work.rank_side[0].ctypes.data
-    quantise_token(scratch.ctypes.data, ranks // BLOCK, token, tokens, codes, side)
+    for token in range(thread, tokens, threads):
+        strength = call.attention[call.row[token], layer]
+        for i in range(ranks):
+            scratch[i] = work.ranks[token, i] * strength
+        quantise_token(scratch.ctypes.data, ranks // BLOCK, token, tokens, codes, side)
+    return meet(work.sync, phase, threads)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -286,17 +291,12 @@ def attention(
     """x += attention(norm(x)); the number of the next phase."""
     tokens, scratch = len(call.row), work.scratch[thread]
     codes, side = work.codes.ctypes.data, work.side.ctypes.data
-    first = layer * MATRICES
     for token in range(thread, tokens, threads):
         normalise(work.x[token], shape, store, store.vectors[layer, NORM_1], scratch)
         quantise_token(scratch.ctypes.data, shape.width // BLOCK, token, tokens, codes, side)
     phase = meet(work.sync, phase, threads)
     if shape.lora:
-        product(store, first + A_QKV, tokens, codes, side, work.ranks, work, phase, threads)
-        phase = meet(work.sync, phase, threads)
-        for token in range(thread, tokens, threads):
-            quantise_lora(shape.lora, layer, token, tokens, work, call, scratch)
-        phase = meet(work.sync, phase, threads)
+        phase = lora_ranks(thread, threads, phase, layer, A_QKV, shape.lora, store, work, call)
     q, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     linear(store, layer, Q, BIAS_Q, B_Q, tokens, work.qkv, False, work, thread, phase, threads, False)
     linear(store, layer, K, BIAS_K, B_K, tokens, work.qkv[:, q:], False, work, thread, phase + 1, threads, False)
@@ -316,11 +316,7 @@ def attention(
         quantise_token(at, work.attended.shape[1] // BLOCK, token, tokens, codes, side)
     phase = meet(work.sync, phase, threads)
     if shape.lora_o:
-        product(store, first + A_O, tokens, codes, side, work.ranks, work, phase, threads)
-        phase = meet(work.sync, phase, threads)
-        for token in range(thread, tokens, threads):
-            quantise_lora(shape.lora_o, layer, token, tokens, work, call, scratch)
-        phase = meet(work.sync, phase, threads)
+        phase = lora_ranks(thread, threads, phase, layer, A_O, shape.lora_o, store, work, call)
     linear(store, layer, OUT, BIAS_O, B_O, tokens, work.x, True, work, thread, phase, threads, False)
     return meet(work.sync, phase, threads)
 
@@ -352,7 +348,7 @@ def feed_forward(
     """x += FFN(norm(x)); the number of the next phase."""
     tokens, scratch = len(call.row), work.scratch[thread]
     codes, side = work.codes.ctypes.data, work.side.ctypes.data
-    first, measure = layer * MATRICES, call.measure and shape.experts > 0
+    measure = call.measure and shape.experts > 0
     blocks = shape.width // BLOCK
     for token in range(thread, tokens, threads):
         normalise(work.x[token], shape, store, store.vectors[layer, NORM_2], scratch)
@@ -362,7 +358,7 @@ def feed_forward(
                 route(store, layer, projection, scratch.ctypes.data, blocks, token, call, record, shape)
     phase = meet(work.sync, phase, threads)
     if shape.experts:
-        product(store, first + A_IN, tokens, codes, side, work.ranks, work, phase, threads)
+        linear(store, layer, A_IN, -1, -1, tokens, work.ranks, False, work, thread, phase, threads, False)
         phase = meet(work.sync, phase, threads)
         for token in range(thread, tokens, threads):
             for projection in range(2):
@@ -382,7 +378,7 @@ def feed_forward(
             route(store, layer, 2, at, blocks, token, call, record, shape)
     phase = meet(work.sync, phase, threads)
     if shape.experts:
-        product(store, first + A_DOWN, tokens, codes, side, work.ranks, work, phase, threads)
+        linear(store, layer, A_DOWN, -1, -1, tokens, work.ranks, False, work, thread, phase, threads, False)
         phase = meet(work.sync, phase, threads)
         for token in range(thread, tokens, threads):
             mask_ranks(store, layer, 2, 0, 0, token, tokens, shape, work, call, record, scratch)
@@ -411,7 +407,7 @@ def step(thread: int, threads: int, shape: Shape, store: Store, work: Work, call
         )
     phase = meet(work.sync, phase, threads)
     if wanted:
-        linear(store, shape.layers, 0, 1, 1, wanted, record.logits, False, work, thread, phase, threads, False)
+        linear(store, shape.layers, 0, 1, -1, wanted, record.logits, False, work, thread, phase, threads, False)
     phase = meet(work.sync, phase, threads)
     for i in range(thread, wanted, threads):
         logits = record.logits[i]

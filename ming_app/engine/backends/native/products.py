@@ -137,30 +137,9 @@ def quantise_token(x: int, blocks: int, token: int, tokens: int, codes: int, sid
 
 
 @jit
-def product(
-    store: Store, matrix: int, tokens: int, codes: int, side: int, out: np.ndarray, work: Work, phase: int, threads: int
-) -> None:
-    """out [T, rows] = W x, as this thread's share of a phase."""
-    groups = store.matrices[matrix, 2]
-    share = share_of(groups, tokens, threads)
-    step = out.strides[0]
-    while True:
-        first = take(work.sync, phase) * share
-        if first >= groups:
-            return
-        start = 0
-        while start < tokens:
-            m = width_at(start, tokens)
-            for group in range(first, min(first + share, groups)):
-                at = out.ctypes.data + start * step + group * LANES * FLOAT
-                group_times_tile(store, matrix, group, start, m, codes, side, work.zeros.ctypes.data, 0, at, step)
-            start += m
-
-
-@jit
 def bias_at(store: Store, row: int, which: int, group: int, work: Work) -> int:
-    """Address of a bias for one group, or of zeros."""
-    offset = store.vectors[row, which]
+    """Address of a bias for one group, or of zeros where there is none (`which` < 0: nowhere)."""
+    offset = store.vectors[row, which] if which >= 0 else -1
     return work.zeros.ctypes.data if offset < 0 else store.data.ctypes.data + offset + group * LANES * FLOAT
 
 
@@ -184,7 +163,7 @@ def base_and_ranks(
 ) -> None:
     """out = W x + bias + B (m h) for groups first .. last and one tile, `out_group` bytes from group to group.
 
-    All of W comes before all of B: memory is fastest in long runs. `squares` >= 0: adds up those of W x + bias, per token.
+    A bias or rank matrix below 0 is none. All of W comes before all of B: memory is fastest in long runs. `squares` >= 0: adds up those of W x + bias, per token.
     """
     codes, side = work.codes.ctypes.data, work.side.ctypes.data
     index = layer * MATRICES + matrix
@@ -196,7 +175,7 @@ def base_and_ranks(
             for t in range(m):
                 add_float(squares + (start + t) * 2 * FLOAT, dot(at + t * out_step, at + t * out_step, LANES))
     index = layer * MATRICES + rank_matrix
-    if store.matrices[index, 2]:
+    if rank_matrix >= 0 and store.matrices[index, 2]:
         codes, side = work.rank_codes[slot].ctypes.data, work.rank_side[slot].ctypes.data
         for group in range(first, last):
             at = out + (group - first) * out_group
