@@ -46,6 +46,7 @@ from ming_app.engine.backends.native.vector import (
 )
 
 LINE, AHEAD = 64, 4096  # bytes that the processor is told to fetch before they are needed
+WIDTHS = (1, 2, 4, 8)  # of tiles
 _LOW, _BIT, _PAIR = 0x0F0F0F0F, 0x01010101, 0x03030303
 
 
@@ -143,30 +144,37 @@ class _Tile:
         return [load(self.b, at, vector(I32), 32 + 4 * LANES * j) for j in range(8)]
 
 
-def _tile(format_: int, m: int) -> Any:
-    """(w, x, side, blocks, base, base_step, out, step): out[t] = W x[t] + base[t], LANES float32 at steps in bytes."""
+def _tile(
+    b: Any, format_: int, m: int, w: Any, x: Any, side: Any, blocks: Any, base: Any, base_step: Any, out: Any, step: Any
+) -> None:
+    """out[t] = W x[t] + base[t] of one group and one tile of m tokens, LANES float32 at steps in bytes."""
+    made = _Tile(b, format_, m, x, side)
+    header_bytes, block_bytes = HEADER_BYTES[format_], BLOCK_BYTES[format_]
+    if not header_bytes:
+        with loop(b, blocks) as index:
+            made.block(index, w, b.add(w, b.mul(index, whole(block_bytes))), whole(0))
+    else:
+        run_bytes = header_bytes + RUN * block_bytes
+        with loop(b, b.udiv(b.add(blocks, whole(RUN - 1)), whole(RUN))) as run:
+            header = b.add(w, b.mul(run, whole(run_bytes)))
+            first = b.mul(run, whole(RUN))
+            left = b.sub(blocks, first)
+            count = b.select(b.icmp_signed("<", left, whole(RUN)), left, whole(RUN))
+            with loop(b, count) as i:
+                at = b.add(plus(b, header, header_bytes), b.mul(i, whole(block_bytes)))
+                made.block(b.add(first, i), header, at, i)
+    for t in range(m):
+        added = load(b, b.add(base, b.mul(base_step, whole(t))), vector(F32))
+        store(b, b.fadd(b.load(made.sums[t]), added), b.add(out, b.mul(step, whole(t))))
 
-    def tile(b: Any, w: Any, x: Any, side: Any, blocks: Any, base: Any, base_step: Any, out: Any, step: Any) -> None:
-        made = _Tile(b, format_, m, x, side)
-        header_bytes, block_bytes = HEADER_BYTES[format_], BLOCK_BYTES[format_]
-        if not header_bytes:
-            with loop(b, blocks) as index:
-                made.block(index, w, b.add(w, b.mul(index, whole(block_bytes))), whole(0))
-        else:
-            run_bytes = header_bytes + RUN * block_bytes
-            with loop(b, b.udiv(b.add(blocks, whole(RUN - 1)), whole(RUN))) as run:
-                header = b.add(w, b.mul(run, whole(run_bytes)))
-                first = b.mul(run, whole(RUN))
-                left = b.sub(blocks, first)
-                count = b.select(b.icmp_signed("<", left, whole(RUN)), left, whole(RUN))
-                with loop(b, count) as i:
-                    at = b.add(plus(b, header, header_bytes), b.mul(i, whole(block_bytes)))
-                    made.block(b.add(first, i), header, at, i)
-        for t in range(m):
-            added = load(b, b.add(base, b.mul(base_step, whole(t))), vector(F32))
-            store(b, b.fadd(b.load(made.sums[t]), added), b.add(out, b.mul(step, whole(t))))
 
-    return routine([AT] * 8, NONE, tile)
+def _any_tile(b: Any, format_: Any, m: Any, *rest: Any) -> None:
+    """The tile of that format and width."""
+    for kind in (K4, K6, B5, B8):
+        with b.if_then(b.icmp_signed("==", format_, whole(kind))):
+            for width in WIDTHS:
+                with b.if_then(b.icmp_signed("==", m, whole(width))):
+                    _tile(b, kind, width, *rest)
 
 
 def _mix(m: int) -> Any:
@@ -187,11 +195,8 @@ def _mix(m: int) -> Any:
     return routine([AT] * 6, NONE, mix)
 
 
-k4_1, k4_2, k4_4, k4_8 = (_tile(K4, m) for m in (1, 2, 4, 8))
-k6_1, k6_2, k6_4, k6_8 = (_tile(K6, m) for m in (1, 2, 4, 8))
-b5_1, b5_2, b5_4, b5_8 = (_tile(B5, m) for m in (1, 2, 4, 8))
-b8_1, b8_2, b8_4, b8_8 = (_tile(B8, m) for m in (1, 2, 4, 8))
-mix = {m: _mix(m) for m in (1, 2, 4, 8)}
+any_tile = routine([AT] * 10, NONE, _any_tile)
+mix = {m: _mix(m) for m in WIDTHS}
 
 
 @cfunc(NONE(*[AT] * 10), cache=True)
@@ -200,38 +205,4 @@ def multiply(
 ) -> None:
     """One group times one tile of m tokens: out[t] = W x[t] + base[t], steps in bytes. Compiled once and called by address: as
     part of its callers it would be compiled again with each of them."""
-    if format_ == K4:
-        if m == 8:
-            k4_8(w, x, side, blocks, base, base_step, out, step)
-        elif m == 4:
-            k4_4(w, x, side, blocks, base, base_step, out, step)
-        elif m == 2:
-            k4_2(w, x, side, blocks, base, base_step, out, step)
-        else:
-            k4_1(w, x, side, blocks, base, base_step, out, step)
-    elif format_ == K6:
-        if m == 8:
-            k6_8(w, x, side, blocks, base, base_step, out, step)
-        elif m == 4:
-            k6_4(w, x, side, blocks, base, base_step, out, step)
-        elif m == 2:
-            k6_2(w, x, side, blocks, base, base_step, out, step)
-        else:
-            k6_1(w, x, side, blocks, base, base_step, out, step)
-    elif format_ == B5:
-        if m == 8:
-            b5_8(w, x, side, blocks, base, base_step, out, step)
-        elif m == 4:
-            b5_4(w, x, side, blocks, base, base_step, out, step)
-        elif m == 2:
-            b5_2(w, x, side, blocks, base, base_step, out, step)
-        else:
-            b5_1(w, x, side, blocks, base, base_step, out, step)
-    elif m == 8:
-        b8_8(w, x, side, blocks, base, base_step, out, step)
-    elif m == 4:
-        b8_4(w, x, side, blocks, base, base_step, out, step)
-    elif m == 2:
-        b8_2(w, x, side, blocks, base, base_step, out, step)
-    else:
-        b8_1(w, x, side, blocks, base, base_step, out, step)
+    any_tile(format_, m, w, x, side, blocks, base, base_step, out, step)
