@@ -136,9 +136,10 @@ def test_together_is_alone_on_the_reference_backend_too(parts):
             n = one[3]
             assert (one[5].experts[:n] == two[5].experts[:n]).mean() > 0.99
     assert sum(one[0] == two[0] for one, two in zip(want, found, strict=True)) >= 10  # a tie may fall the other way
-    talk = [*asked[0][0], Message("assistant", want[0][0]), Message("user", "and then?")]
+    last = result(engine.stream(*asked[0]))  # asked last: which of the twelve are still kept is a matter of timing
+    talk = [*asked[0][0], Message("assistant", last[0]), Message("user", "and then?")]
     start = next(iter(engine.stream(talk, asked[0][1])))
-    assert start.reused_tokens >= want[0][3]
+    assert start.reused_tokens >= last[3]
     alone.close()
 
 
