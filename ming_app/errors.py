@@ -58,5 +58,41 @@ class StoppedError(MingError):
     """Work ended early because someone asked for it."""
 
 
+class BusyError(MingError):
+    """The model cannot take the request now. `kind`: "full" (too many wait), "visitor" (too many of one visitor's), "closing"
+    (the server stops). `retry_after`: seconds after which trying again may work."""
+
+    def __init__(self, kind: str, retry_after: float, en: str, zh: str):
+        super().__init__(en, zh)
+        self.kind, self.retry_after = kind, retry_after
+
+    @classmethod
+    def full(cls, waiting: int, seconds: float) -> BusyError:
+        return cls(
+            "full",
+            seconds,
+            f"{waiting} requests are waiting already, so yours was not taken. Please try again in about {seconds:.0f} seconds.",
+            f"当前已有 {waiting} 个请求在排队，暂时无法受理。请约 {seconds:.0f} 秒后再试。",
+        )
+
+    @classmethod
+    def visitor(cls, allowed: int, seconds: float) -> BusyError:
+        return cls(
+            "visitor",
+            seconds,
+            f"You have {allowed} unfinished requests already. Please wait until one of them has ended, or stop it.",
+            f"您已有 {allowed} 个未完成的请求。请等待其中一个结束，或将其停止。",
+        )
+
+    @classmethod
+    def closing(cls) -> BusyError:
+        return cls(
+            "closing",
+            10,
+            "The server is being stopped and takes no new requests. Please try again in a moment.",
+            "服务器正在停止，不再受理新请求。请稍后再试。",
+        )
+
+
 class TraceError(MingError):
     """A router trace file is damaged, hostile or of an unknown version."""

@@ -90,7 +90,9 @@ class Settings:
     kv_tokens: int = 0
     """Tokens of all conversations together that the KV cache holds; 0: four times the context. Bounds its memory."""
     max_queue: int = 32
-    """Chat requests that may wait; one more is refused politely."""
+    """Requests that may wait for their turn; one more is refused politely."""
+    per_visitor: int = 4
+    """Unfinished requests that one visitor of the page, or one key of the API, may have; 0: any number."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -112,6 +114,7 @@ class Settings:
             ("streams", 1, 256),
             ("kv_tokens", 0, 1 << 26),
             ("max_queue", 1, 100_000),
+            ("per_visitor", 0, 100_000),
         ):
             if not low <= getattr(self, name) <= high:
                 raise UsageError(

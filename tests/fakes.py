@@ -11,12 +11,13 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from ming_app.engine.types import EngineInfo, Event, Finish, Message, SamplingParams, Start, Timings, Token
+from ming_app.engine.types import EngineInfo, Event, Finish, Message, Queued, SamplingParams, Start, Timings, Token
+from ming_app.engine.waiting import WaitingRoom
 from ming_app.errors import MingError, PromptTooLongError
 from ming_app.molora.trace import RouterTrace, TraceToken
 
@@ -38,7 +39,8 @@ def split_pieces(text: str) -> list[str]:
 class FakeEngine:
     """Answers with `script` (a text, or a function of the messages). `calls` records (messages, params).
 
-    `delay`: seconds between tokens. `error`: raised before the first event. `open_streams`: streams not yet closed.
+    `delay`: seconds between tokens. `error`: raised before the first event. `open_streams`: streams not yet closed. `slots`,
+    `max_waiting`: who runs and who waits is decided by the engine's own WaitingRoom.
     """
 
     def __init__(
@@ -52,7 +54,12 @@ class FakeEngine:
         delay: float = 0.0,
         error: MingError | None = None,
         model: str = "fake-model",
+        slots: int = 8,
+        max_waiting: int = 0,
     ) -> None:
+        self._room: WaitingRoom[SamplingParams] = WaitingRoom(slots, max_waiting)
+        self._running: list[SamplingParams] = []
+        self._changed = threading.Condition()
         self.script = script
         self.delay = delay
         self.error = error
@@ -91,10 +98,43 @@ class FakeEngine:
         if self.error is not None:
             raise self.error
         self.open_streams += 1
+        mine, cancel = replace(params), cancel or threading.Event()  # told from others by identity
         try:
-            yield from self._events(messages, params, cancel or threading.Event())
+            if (yield from self._turn(mine, cancel)):
+                yield from self._events(messages, params, cancel)
         finally:
             self.open_streams -= 1
+            with self._changed:
+                self._room.leave(mine)
+                self._running = [one for one in self._running if one is not mine]
+                self._changed.notify_all()
+
+    def load_now(self) -> tuple[int, int]:
+        return len(self._running), len(self._room)
+
+    def _turn(self, mine: SamplingParams, cancel: threading.Event) -> Generator[Event, None, bool]:
+        """Waits until there is a place. False when it gave up."""
+        with self._changed:
+            self._room.enter([mine], self._running)
+        told = None
+        while not cancel.is_set():
+            with self._changed:
+                before = next(at for at, one in enumerate(self._room.order(self._running)) if one is mine)
+                if before == 0 and len(self._running) < self._room.slots:
+                    self._room.leave(mine)
+                    self._running.append(mine)
+                    break
+                if before == told:
+                    self._changed.wait(0.02)
+                    continue
+                told = before
+            yield Queued(before, self._room.seconds(before))
+        if cancel.is_set():
+            yield Finish("cancelled", 0, 0, Timings(0.0, 0.0, 0.0, 0.0), None)
+            return False
+        if told is not None:
+            yield Queued(0, 0.0)
+        return True
 
     def _events(self, messages: Sequence[Message], params: SamplingParams, cancel: threading.Event) -> Iterator[Event]:
         begin = time.perf_counter()

@@ -4,6 +4,7 @@ Every step takes one token of each answer that is being written and, with what r
 first, and no more than PIECE tokens while somebody waits for a next word. Rows of the KV cache stay filled when a request
 ends: the next one that begins with the same tokens (the next turn of a conversation, a question with the same preamble) reads
 only what is new. Memory is bounded: a request is let in when its longest possible answer fits beside those of the others.
+Who waits is bounded too, and turns go round between visitors (waiting.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,8 +20,9 @@ import numpy as np
 from ming_app.engine.decode import RoutingRecord
 from ming_app.engine.interventions import Compiled
 from ming_app.engine.jobs import Job, ScoreJob
-from ming_app.engine.types import Backend, Gates, Step
-from ming_app.errors import UsageError
+from ming_app.engine.types import Backend, Gates, Outcome, Step
+from ming_app.engine.waiting import WaitingRoom
+from ming_app.errors import BusyError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -48,26 +50,34 @@ class _Row:
 
 
 class Batcher:
-    """Runs jobs on a backend. `slots`: requests at a time; `tokens`: what the KV cache holds in all, at least one context."""
+    """Runs jobs on a backend. `tokens`: what the KV cache holds in all, at least one context. `waiting`: with room for as many
+    at a time as it has slots. `on_end` is told how every answer ended, from the thread that drives the model."""
 
-    def __init__(self, backend: Backend, slots: int, tokens: int, context: int):
+    def __init__(self, backend: Backend, tokens: int, context: int, waiting: WaitingRoom[Job]):
         self._backend = backend
-        self.slots = slots
+        self.slots = waiting.slots
+        self.on_end: Callable[[Outcome], None] = lambda outcome: None
         self._tokens = max(tokens, context)
         self._context = context
         self._rows: list[_Row] = []
-        self._waiting: list[Job] = []
+        self._waiting = waiting
         self._promised = 0  # tokens that the running jobs may come to hold
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._draining = False
 
     def submit(self, *jobs: Job) -> None:
-        """Queues jobs, in order. Raises UsageError once closed."""
+        """Queues jobs, in order. Raises UsageError once closed, BusyError when they cannot be taken now."""
         with self._changed:
             if self._closed:
-                raise UsageError("The model has been closed.", "模型已关闭。")
-            self._waiting += jobs
+                raise _closed()
+            try:
+                if self._draining:
+                    raise BusyError.closing()
+                self._waiting.enter(jobs, self._running())
+            except BusyError as error:
+                self.on_end(Outcome(error.kind))
+                raise
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="batch", daemon=True)
                 self._thread.start()
@@ -76,10 +86,21 @@ class Batcher:
     def load(self) -> tuple[int, int]:
         """(requests that run, requests that wait)."""
         with self._changed:
-            return sum(row.job is not None for row in self._rows), len(self._waiting)
+            return len(self._running()), len(self._waiting)
+
+    def drain(self, seconds: float) -> bool:
+        """Takes no more requests, sends away those that wait, and waits so long for what runs. Whether all of it ended."""
+        with self._changed:
+            self._draining = True
+            for job in self._waiting.clear():
+                self._fail(job, BusyError.closing())
+            return self._changed.wait_for(lambda: not self._running(), seconds)
+
+    def _running(self) -> list[Job]:
+        return [row.job for row in self._rows if row.job is not None]
 
     def close(self) -> None:
-        """Fails what has not ended and stops."""
+        """Ends what has not ended and stops."""
         with self._changed:
             self._closed = True
             thread = self._thread
@@ -94,9 +115,10 @@ class Batcher:
             self._go_on()
         except BaseException as error:  # nobody must wait for a thread that is gone
             with self._changed:
-                for job in [*(row.job for row in self._rows if row.job is not None), *self._waiting]:
-                    job.fail(error)
-                self._rows, self._waiting, self._promised, self._thread = [], [], 0, None
+                for job in [*self._running(), *self._waiting.clear()]:
+                    self._fail(job, error)
+                self._rows, self._promised, self._thread = [], 0, None
+                self._changed.notify_all()
             logger.error("the batch thread failed: %s", type(error).__name__)
 
     def _go_on(self) -> None:
@@ -107,12 +129,15 @@ class Batcher:
         idle_since = time.monotonic()
         while True:
             with self._changed:
-                self._waiting = [job for job in self._waiting if not job.interrupted()]
-                self._admit()
+                self._let_in()
                 running = [row for row in self._rows if row.job is not None]
+                if self._draining:
+                    self._changed.notify_all()
                 if self._closed:
-                    for job in [*(row.job for row in running if row.job), *self._waiting]:
-                        job.fail(UsageError("The model has been closed.", "模型已关闭。"))
+                    for row in running:
+                        self._end(row)
+                    for job in self._waiting.clear():
+                        self._fail(job, _closed())
                     return
                 if not running:
                     if not self._waiting and time.monotonic() - idle_since > LINGER:
@@ -123,19 +148,30 @@ class Batcher:
             self._step(running)
             idle_since = time.monotonic()
 
+    def _let_in(self) -> None:
+        """Those that gave up leave, those whose turn it is get a row, and the others hear their place."""
+        for job in list(self._waiting):
+            if job.interrupted():
+                self._waiting.leave(job)
+                self._report(job)
+        if self._waiting:
+            self._admit()
+            for before, job in enumerate(self._waiting.order(self._running())):
+                job.wait(before, self._waiting.seconds(before))
+
     def _admit(self) -> None:
         """Gives rows to those that wait, in order, as long as there are rows and memory. Where one needs more memory than is
         left, smaller ones may go before it for a while."""
         now, held_back = time.monotonic(), False
-        for job in list(self._waiting):
-            running = sum(row.job is not None for row in self._rows)
+        for job in self._waiting.order(self._running()):
+            running = len(self._running())
             if running >= self.slots or held_back:
                 return
             if running and self._promised + job.most_tokens > self._tokens:
                 held_back = now - job.arrived > PATIENCE
                 continue
             row = self._seat(job)
-            self._waiting.remove(job)
+            self._waiting.leave(job)
             self._promised += job.most_tokens
             row.job, row.used = job, now
             job.begin()
@@ -194,9 +230,7 @@ class Batcher:
                     self._run([piece])
                 return
             row = pieces[0][0]
-            if row.job is not None:
-                row.job.fail(error)
-            self._leave(row)
+            self._leave(row, error)
             self._forget(row)
             return
         for index, (row, ids) in enumerate(pieces):
@@ -210,9 +244,10 @@ class Batcher:
             try:
                 job.took(len(ids), step.logits[index], log_total, experts, weights)
             except Exception as error:  # a bug in one job must not end the others
-                job.fail(error)
-            if job.ended:
-                self._leave(row)
+                self._leave(row, error)
+            else:
+                if job.ended:
+                    self._leave(row)
 
     def _forward(self, pieces: Sequence[tuple[_Row, np.ndarray]]) -> Step:
         rows = [row.index for row, _ in pieces]
@@ -231,11 +266,38 @@ class Batcher:
         self._cache.truncate(row.index, 0)
         row.ids, row.record = [], None
 
-    def _leave(self, row: _Row) -> None:
+    def _leave(self, row: _Row, error: BaseException | None = None) -> None:
+        """The row's job has ended, or ends with an error."""
         job = row.job
-        if job is not None:
-            self._promised -= job.most_tokens
+        if job is None:
+            return
+        self._promised -= job.most_tokens
         row.job = None
+        if error is not None:
+            self._fail(job, error)
+        else:
+            self._report(job)
+
+    def _end(self, row: _Row) -> None:
+        """The server stops: what was written so far is the answer."""
+        if row.job is not None:
+            row.job.close()
+            self._leave(row)
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        job.fail(error)
+        self._report(job, error.kind if isinstance(error, BusyError) else "error")
+
+    def _report(self, job: Job, reason: str = "") -> None:
+        outcome = job.outcome(reason)
+        if outcome is not None:
+            if outcome.reason in ("stop", "length"):
+                self._waiting.ended(outcome.total_seconds - outcome.waited_seconds)
+            self.on_end(outcome)
+
+
+def _closed() -> UsageError:
+    return UsageError("The model has been closed.", "模型已关闭。")
 
 
 def _portions(reading: Sequence[_Row], left: int) -> list[tuple[_Row, np.ndarray]]:

@@ -1,23 +1,34 @@
 """`Engine`: messages in, events out. Streams tokens and, with each, the experts that fired; scores continuations.
 
 Many requests run together (batch.py); each gives what it gives alone. Closing the iterator of `stream`, setting its cancel
-event or passing its deadline frees its place within two tokens. Nothing a person typed is logged or kept, beyond the cache of
+event or passing its deadline frees its place within two tokens. How many may wait is bounded (waiting.py). Nothing a person typed is logged or kept, beyond the cache of
 what was read last.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ming_app.engine.batch import Batcher
 from ming_app.engine.interventions import Compiled, compile_interventions
-from ming_app.engine.jobs import AnswerJob, ScoreJob
+from ming_app.engine.jobs import AnswerJob, Job, ScoreJob
 from ming_app.engine.prompt import ChatTokenizer
-from ming_app.engine.types import Backend, Cache, EngineInfo, Event, Intervention, Message, SamplingParams, Step
+from ming_app.engine.types import (
+    Backend,
+    Cache,
+    EngineInfo,
+    Event,
+    Intervention,
+    Message,
+    Outcome,
+    SamplingParams,
+    Step,
+)
+from ming_app.engine.waiting import WaitingRoom
 from ming_app.errors import PromptTooLongError, UsageError
 from ming_app.models.progress import ProgressCallback
 from ming_app.molora.config import PROJECTIONS
@@ -38,15 +49,19 @@ class Engine:
         *,
         slots: int = SLOTS,
         kv_tokens: int = 0,
+        max_waiting: int = 0,
+        per_visitor: int = 0,
     ):
         """`adapter`: the folder that the experts came from. `slots`: requests that run at a time. `kv_tokens`: tokens that
-        the cache of all conversations holds, at least one context; 0: four contexts."""
+        the cache of all conversations holds, at least one context; 0: four contexts. `max_waiting`, `per_visitor`: see
+        `WaitingRoom`."""
         self.backend = backend
         self.adapter = adapter
         self.tokenizer = tokenizer
         self.info = info
         self._reading = threading.Lock()
-        self._batcher = Batcher(backend, slots, kv_tokens or 4 * info.context_limit, info.context_limit)
+        waiting: WaitingRoom[Job] = WaitingRoom(slots, max_waiting, per_visitor)
+        self._batcher = Batcher(backend, kv_tokens or 4 * info.context_limit, info.context_limit, waiting)
 
     @classmethod
     def load(cls, settings: Settings, progress: ProgressCallback | None = None) -> Engine:
@@ -58,9 +73,10 @@ class Engine:
     def stream(
         self, messages: Sequence[Message], params: SamplingParams, cancel: threading.Event | None = None
     ) -> Iterator[Event]:
-        """One Start, Tokens, one Finish; only Finish when stopped before the prompt was read, waiting for its turn too.
+        """Queued while it waits for its turn, one Start, Tokens, one Finish; only Finish when stopped before the prompt was
+        read, waiting for its turn too.
 
-        Raises UsageError or PromptTooLongError before the first event.
+        Raises UsageError, PromptTooLongError or BusyError before the first event.
 
         A conversation that ends with an assistant message is continued from its words.
         """
@@ -112,6 +128,15 @@ class Engine:
     def load_now(self) -> tuple[int, int]:
         """(requests that run, requests that wait for a place)."""
         return self._batcher.load()
+
+    def on_end(self, told: Callable[[Outcome], None]) -> None:
+        """`told` is called once for every request to `stream` that ends or is refused, from another thread; it must be quick."""
+        self._batcher.on_end = told
+
+    def drain(self, seconds: float) -> bool:
+        """Before `close`: no new requests (BusyError), those that wait are sent away, those that run have so many seconds.
+        Whether all of them ended."""
+        return self._batcher.drain(seconds)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text on its own."""

@@ -15,7 +15,8 @@ from ming_app.engine.decode import RoutingRecord, Sampler, log_probabilities
 from ming_app.engine.interventions import Compiled, described
 from ming_app.engine.paging import PAGE
 from ming_app.engine.prompt import ChatTokenizer, PieceStream
-from ming_app.engine.types import EngineInfo, Event, Finish, SamplingParams, Start, Timings, Token
+from ming_app.engine.types import EngineInfo, Event, Finish, Outcome, Queued, SamplingParams, Start, Timings, Token
+from ming_app.errors import UsageError
 from ming_app.molora.config import PROJECTIONS
 from ming_app.molora.trace import RouterTrace, TraceToken
 
@@ -24,9 +25,11 @@ class Job:
     """Something that reads `prompt` (int64 [n]) into a row of the cache and then goes on token by token.
 
     `feed`: the next token, once the prompt has been read; `ended`: it wants no more. `most_new`: tokens that may follow.
+    `visitor`: see `SamplingParams`.
     """
 
-    def __init__(self, prompt: np.ndarray, changes: Compiled, most_new: int):
+    def __init__(self, prompt: np.ndarray, changes: Compiled, most_new: int, visitor: str = ""):
+        self.visitor = visitor
         self.prompt = prompt
         self.changes = changes
         self.most_new = most_new
@@ -41,6 +44,9 @@ class Job:
     def most_tokens(self) -> int:
         """Tokens of the cache that it may take; a page may have to be copied."""
         return len(self.prompt) + self.most_new + PAGE
+
+    def wait(self, before: int, seconds: float) -> None:
+        """It has no row yet: so many go before it, which may take so long."""
 
     def begin(self) -> None:
         """It has a row; called once, before anything is read."""
@@ -80,6 +86,14 @@ class Job:
         """It cannot go on."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """The server stops while it runs."""
+        self.fail(UsageError("The model has been closed.", "模型已关闭。"))
+
+    def outcome(self, reason: str) -> Outcome | None:
+        """How it ended, with this reason in place of its own unless ""; None where nobody counts."""
+        return None
+
 
 class AnswerJob(Job):
     """One answer: Start, Tokens, Finish into `queue`, or an exception."""
@@ -95,7 +109,7 @@ class AnswerJob(Job):
         cancel: threading.Event,
     ):
         most_new = min(params.max_new_tokens, info.context_limit - len(ids))
-        super().__init__(np.array(ids, np.int64), changes, most_new)
+        super().__init__(np.array(ids, np.int64), changes, most_new, params.visitor)
         self.info = info
         self.params = params
         self.cancel = cancel
@@ -112,7 +126,10 @@ class AnswerJob(Job):
         self._new = 0
         self._abandoned = False
         self._prefill_seconds = 0.0
-        self._began = self._first_token = self._latest_token = self.arrived
+        self._began: float | None = None
+        self._before: int | None = None  # what it was told of its place
+        self._reason = ""
+        self._first_token = self._latest_token = self.arrived
         if params.trace and info.num_experts:
             most = changes.largest_k(info.top_k)
             self.record = RoutingRecord(len(ids) + most_new, info.num_layers, len(PROJECTIONS), most)
@@ -127,12 +144,19 @@ class AnswerJob(Job):
             if isinstance(item, Finish):
                 return
 
+    def wait(self, before: int, seconds: float) -> None:
+        if before != self._before:
+            self._before = before
+            self.queue.put(Queued(before, seconds))
+
     def begin(self) -> None:
         self._began = time.monotonic()
+        if self._before is not None:
+            self.queue.put(Queued(0, 0.0))
 
     def think(self, logits: np.ndarray, log_total: float | None) -> None:
         if self.feed is None:
-            self._prefill_seconds = time.monotonic() - self._began
+            self._prefill_seconds = time.monotonic() - (self._began or self.arrived)
             limit, dropped = self.info.context_limit, self._dropped_turns
             self.queue.put(Start(len(self.prompt), self.most_new, limit, dropped, self._trace(), self.reused))
         elif self._write(self.feed):
@@ -151,16 +175,33 @@ class AnswerJob(Job):
         self._abandoned = True
 
     def interrupted(self) -> bool:
-        deadline = self.params.deadline
+        since, limit = (
+            (self.arrived, self.params.patience) if self._began is None else (self._began, self.params.deadline)
+        )
         if self._abandoned or self.cancel.is_set():
             self._finish("cancelled")
-        elif deadline is not None and time.monotonic() - self.arrived > deadline:
+        elif limit is not None and time.monotonic() - since > limit:
             self._finish("deadline")
         return self.ended
 
     def fail(self, error: BaseException) -> None:
         self.ended = True
         self.queue.put(error)
+
+    def close(self) -> None:
+        self._finish("closing")
+
+    def outcome(self, reason: str) -> Outcome:
+        now = time.monotonic()
+        return Outcome(
+            reason or self._reason,
+            len(self.prompt),
+            self.reused,
+            self._new,
+            (self._began or now) - self.arrived,
+            self._first_token - self.arrived if self._new else 0.0,
+            now - self.arrived,
+        )
 
     def _write(self, token: int) -> bool:
         """A token that has been read: it is announced with its own routing. Whether that ended the answer."""
@@ -209,7 +250,7 @@ class AnswerJob(Job):
         return Token("".join(t.text for t in tokens), tokens, sum(t.logprob or 0.0 for t in tokens), experts, weights)
 
     def _finish(self, reason: str) -> None:
-        self.ended = True
+        self.ended, self._reason = True, reason
         if self._pending:
             last = self._tokens[-1]
             self._tokens[-1] = TraceToken(last.id, self._pieces.flush(), last.role, last.piece, last.logprob)

@@ -58,6 +58,8 @@ def load_engine(settings: Settings, progress: ProgressCallback | None = None) ->
         local.adapter,
         slots=settings.streams,
         kv_tokens=settings.kv_tokens,
+        max_waiting=settings.max_queue,
+        per_visitor=settings.per_visitor,
     )
 
 

@@ -54,7 +54,11 @@ class SamplingParams:
     repetition_penalty: float = 1.05
     seed: int | None = None
     deadline: float | None = None
-    """seconds from the request's start after which the answer is cut with reason "deadline" """
+    """seconds after its turn came after which the answer is cut with reason "deadline" """
+    patience: float | None = None
+    """seconds that it may wait for its turn; then it ends with reason "deadline" """
+    visitor: str = ""
+    """who asks, for turns that go round and a bound on what one visitor has unfinished; "" is not bounded. Never shown"""
     trace: bool = True
     router_bias: np.ndarray | None = None
     """float32 [L, P, E] added to the router logits of this request: -inf-like bans an expert, large forces it"""
@@ -86,13 +90,25 @@ class SamplingParams:
             raise UsageError(
                 "stop takes at most 8 texts of 1 to 100 characters.", "stop 最多 8 段文字，每段 1 到 100 个字符。"
             )
-        if self.deadline is not None and not self.deadline > 0:
-            raise UsageError("deadline must be a positive number of seconds.", "deadline 应为正的秒数。")
+        for name in ("deadline", "patience"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds > 0:
+                raise UsageError(f"{name} must be a positive number of seconds.", f"{name} 应为正的秒数。")
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Before Start, where a request has to wait; again when its place changes and, with 0 seconds, when its turn has come."""
+
+    before: int
+    """requests whose turn comes first"""
+    seconds: float
+    """how long it may take until its turn, by how long answers took lately"""
 
 
 @dataclass(frozen=True)
 class Start:
-    """First event: the prompt has been read. `trace` holds the routing of the prompt (None when not traced)."""
+    """First event once its turn has come: the prompt has been read. `trace` holds the routing of the prompt (None when not traced)."""
 
     prompt_tokens: int
     max_new_tokens: int
@@ -133,7 +149,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Finish:
-    """Last event. `reason`: stop (the model ended), length, cancelled, deadline. `trace` covers prompt and answer."""
+    """Last event. `reason`: stop (the model ended), length, cancelled, deadline, closing (the server stops). `trace` covers prompt and answer."""
 
     reason: str
     prompt_tokens: int
@@ -142,7 +158,22 @@ class Finish:
     trace: RouterTrace | None
 
 
-Event = Start | Token | Finish
+Event = Queued | Start | Token | Finish
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a request to `stream` ended; for counters. Says nothing of who asked or what."""
+
+    reason: str
+    """a Finish reason, "error", or "full", "visitor", "closing" for one that was refused"""
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    waited_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    """from the request on; 0 where no token came"""
+    total_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from ming_app.conversation import consult
 from ming_app.conversation.tree import Turn
-from ming_app.engine.types import EngineInfo, Finish, Message, SamplingParams, Start, Token
+from ming_app.engine.types import EngineInfo, Event, Finish, Message, Queued, SamplingParams, Start, Token
 from ming_app.errors import MingError, UsageError
 from ming_app.router.payload import LivePayload, empty_payload, trace_payload
 from ming_app.safety.output import check_answer, loop_start, sends_to_emergency, without_doses
@@ -130,7 +130,11 @@ def _consultation(session: Session, params: SamplingParams) -> _Plan:
         again = f"\n\n{step.asks[lang]}" if step is not None else ""
         return _Plan(said=consult.word("order", lang) + again, reason=consult.ORDER)
     if step is not None:
-        asked = replace(consult.QUESTION, seed=params.seed, deadline=params.deadline)
+        asked = replace(
+            params,
+            max_new_tokens=consult.QUESTION.max_new_tokens,
+            temperature=consult.QUESTION.temperature,
+        )
         return _Plan(
             (_Part(consult.question_messages(turns, step, lang)),),
             asked,
@@ -173,7 +177,7 @@ class _Writer:
         )
         self.raw = self.turn.text
         self.added = going_on
-        self.looped = False
+        self.looped = self.waiting = False
         self.new_tokens = self.prompt_tokens = 0
 
     def begin_part(self, part: _Part) -> None:
@@ -186,13 +190,22 @@ class _Writer:
         """The answer, once it has begun, and its question."""
         return self.session.turns[-2:] if self.added else []
 
-    def take(self, event: Start | Token | Finish | None) -> bool:
+    def take(self, event: Event | None) -> bool:
         """Applies one event (None: time passed). True when the page should be updated now."""
         if self.session.talk is not self.talk:
             # another conversation is in view, and this answer could not be stopped in time
             self.ended, self.added = True, False
             return False
         match event:
+            case Queued():
+                self.waiting = event.seconds > 0
+                waits = {"n": event.before, "seconds": round(event.seconds)}
+                if self.waiting:
+                    self.session.status = Note("status.turn", waits)
+                else:
+                    self.begin = self.clock()
+                    self.session.status = Note("status.reading", {"seconds": 0})
+                return True
             case Start():
                 self._start(event)
                 return True
@@ -201,6 +214,8 @@ class _Writer:
             case Finish():
                 self._finish(event)
                 return True
+            case None if self.waiting:
+                return False
             case None if not self.prompt_tokens:
                 self.session.status = Note("status.reading", {"seconds": int(self.clock() - self.begin)})
                 return True
@@ -280,7 +295,7 @@ class _Writer:
             event.prompt_tokens, event.new_tokens, timings.tokens_per_second, timings.first_token_seconds
         )
         session.status = Note("status.stopped" if reason == "cancelled" else "status.done")
-        if reason in ("length", "deadline", "loop"):
+        if reason in ("length", "deadline", "loop", "closing"):
             session.notices += (Note(f"notice.{reason}", {"n": event.new_tokens}),)
         if not self.turn.text.strip() and reason != "cancelled":
             session.notices += (Note("notice.empty"),)

@@ -68,6 +68,8 @@ class Session:
     """seconds that the visitor's clock is ahead of UTC"""
     account: str = ""
     """who is signed in; "" for nobody"""
+    visitor: str = ""
+    """the page's own name for who is there, for fair turns"""
     talk: Conversation = field(default_factory=Conversation)
     store: ConversationStore | None = None
     """where conversations are kept; None for one that nobody keeps"""
@@ -210,6 +212,7 @@ def clear(session: Session) -> None:
             "lang",
             "east",
             "account",
+            "visitor",
             "exam",
             "store",
             "incognito",

@@ -26,7 +26,7 @@ from ming_app.ui import experts, render
 from ming_app.ui.bilingual import Bilingual, labelled, valued
 from ming_app.ui.chat import Session
 from ming_app.ui.explorer import VIEWS, Exhibit, answers_html, contrast_view, heading_html, selected, table_html
-from ming_app.ui.handlers import DEADLINE, QUEUED, QUIET, Handlers
+from ming_app.ui.handlers import DEADLINE, PATIENCE, QUEUED, QUIET, Handlers
 from ming_app.ui.pump import Pump
 from ming_app.ui.text import refusal, t
 
@@ -401,7 +401,12 @@ class ExplorerTab:
     ) -> Any:
         """Streams one answer; yields what `shown` makes of the text so far and returns (trace, text)."""
         params = SamplingParams(
-            ANSWER_TOKENS, temperature=0, repetition_penalty=1.0, deadline=DEADLINE, interventions=changes
+            ANSWER_TOKENS,
+            temperature=0,
+            repetition_penalty=1.0,
+            deadline=DEADLINE,
+            patience=PATIENCE,
+            interventions=changes,
         )
         text, trace = "", None
         with closing(Pump(engine, messages, params, threading.Event())) as pump:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import gradio as gr
@@ -37,20 +37,20 @@ QUEUED: dict[str, Any] = {
     "show_progress": "hidden",
     "api_visibility": "private",
 }
-"""options of events that need the model: `settings.streams` at a time (page.py), the others wait"""
+"""options of events that need the model; the engine lets `settings.streams` of them run at a time, and bounds who waits"""
 DEADLINE = 300.0  # seconds one answer may take, so that a queue always moves on
+PATIENCE = 900.0  # seconds that a question waits for its turn
 
 
 class Handlers:
     """`sampling`: names of the settings whose values `answer` gets after the session.
 
-    `queued` tells how many requests wait and how many run; the page sets both once it is built.
+    The page sets it once it is built.
     """
 
     def __init__(self, loader: EngineLoader, settings: Settings, words: Bilingual):
         self.loader, self.settings, self.words = loader, settings, words
         self.sampling: list[str] = []
-        self.queued: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.files = TempFolder()
         self.talks = Talks(settings, self.files)
 
@@ -58,6 +58,11 @@ class Handlers:
     def info(self) -> EngineInfo | None:
         engine = self.loader.state.engine
         return engine.info if engine is not None else None
+
+    def load(self) -> tuple[int, int]:
+        """(answers that are being written, requests that wait for their turn)."""
+        engine = self.loader.state.engine
+        return engine.load_now() if engine is not None else (0, 0)
 
     def watermark(self, lang: str) -> str:
         """What copied answers end with: AI label and disclaimer."""
@@ -113,7 +118,7 @@ class Handlers:
         except MingError as error:
             session.returned = text or None
             raise _refused(session, error) from None
-        before = max(0, sum(self.queued()) - self.settings.streams + 1)  # that must end before this one begins
+        before = max(0, sum(self.load()) - self.settings.streams + 1)  # that must end before this one begins
         session.status = chat.Note("status.queued", {"n": before})
         return self.show(session)
 
@@ -121,8 +126,10 @@ class Handlers:
         state = self.loader.state
         if state.engine is None:
             raise refusal("refuse.failed" if state.error else "refuse.loading")
-        waiting, _ = self.queued()
-        if waiting >= self.settings.max_queue:  # Gradio would refuse too, but in English only
+        _, waiting = self.load()
+        if (
+            waiting >= self.settings.max_queue
+        ):  # the engine would refuse too, when the question is part of the page already
             raise refusal("refuse.busy", n=waiting)
 
     def ask(self, session: Session, text: str) -> list[Any]:
@@ -152,6 +159,7 @@ class Handlers:
             refuse(session, error)
             yield self._streamed(session, same)
             return
+        params = replace(params, visitor=session.visitor)
         system = system_of(session.talk, session.lang)
         with closing(answer(self.loader.state.engine, session, params, system=system)) as steps:
             for _ in steps:
@@ -262,6 +270,7 @@ class Handlers:
 
         The session is among the outputs so that Gradio forgets it an hour after the page was closed.
         """
+        session.visitor = request.session_hash or ""
         session.account = f"hf:{profile.username}" if profile is not None else request.username or ""
         session.east = max(-86_400.0, min(86_400.0, float(east or 0)))
         return [session, gr.update(value=lang), gr.update(value=theme), *self.reword(session, lang)]
@@ -309,7 +318,9 @@ def sampling_params(values: dict[str, Any]) -> SamplingParams:
     whole = {f.name for f in fields(SamplingParams) if "int" in str(f.type)}
     numbers: dict[str, Any] = {n: int(v) if n in whole else float(v) for n, v in values.items() if n != "seed"}
     seed = values.get("seed")
-    return SamplingParams(**numbers, seed=int(seed) if seed is not None and seed >= 0 else None, deadline=DEADLINE)
+    return SamplingParams(
+        **numbers, seed=int(seed) if seed is not None and seed >= 0 else None, deadline=DEADLINE, patience=PATIENCE
+    )
 
 
 def _index(index: int | Sequence[int]) -> int:

@@ -22,7 +22,7 @@ from ming_app.errors import MingError
 from ming_app.settings import Settings
 from ming_app.ui.assets import LOGO, head
 from ming_app.ui.loader import EngineLoader
-from ming_app.ui.page import build_page
+from ming_app.ui.page import at_once, build_page
 from ming_app.ui.text import t
 from ming_app.ui.theme import build_theme
 
@@ -84,6 +84,7 @@ def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
         "strict_cors": True,
         "pwa": not settings.space,  # installable where it is served by oneself
         "max_file_size": "20mb",
+        "max_threads": at_once(settings) + 40,  # who waits holds a thread; 40 are Gradio's own default
         "blocked_paths": blocked,
         "app_kwargs": {
             "middleware": [Middleware(SafeHeaders)],

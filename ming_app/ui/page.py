@@ -1,7 +1,8 @@
 """`build_page`: the layout as Gradio Blocks, wired to the handlers of handlers.py. No model here and no text of its own.
 
-One visitor is one `Session` in a gr.State, which handlers change in place. All answers share the concurrency id
-"model": the engine runs so many at a time (`settings.streams`), the others wait in Gradio's queue.
+One visitor is one `Session` in a gr.State, which handlers change in place. Whose turn it is the engine decides
+(`settings.streams` answers at a time, `settings.max_queue` wait), together with the requests of the API: Gradio's queue lets
+all of them through.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ def build_page(engine_or_loader: Any, settings: Settings) -> gr.Blocks:
     """The page over an Engine, or over an EngineLoader that may still be at work. Launch it with `launch.launch`."""
     loader = engine_or_loader if isinstance(engine_or_loader, EngineLoader) else EngineLoader.of(engine_or_loader)
     return Page(loader, settings).blocks
+
+
+def at_once(settings: Settings) -> int:
+    """Requests to the model that Gradio may have under way: all that the engine takes, and some to be refused by it."""
+    return settings.streams + settings.max_queue + 8
 
 
 class Page:
@@ -70,15 +76,9 @@ class Page:
             self._wire()
         for event in self.blocks.fns.values():
             if event.concurrency_id == QUEUED["concurrency_id"]:
-                event.concurrency_limit = settings.streams
-        self.blocks.queue(max_size=settings.max_queue, default_concurrency_limit=4)
-        self.do.queued = self._queued
+                event.concurrency_limit = at_once(settings)
+        self.blocks.queue(max_size=2 * at_once(settings), default_concurrency_limit=4)
         self.do.sampling = list(self.chat.sampling)
-
-    def _queued(self) -> tuple[int, int]:
-        """Answers that wait and answers that run. Gradio's queue has no public count."""
-        model = self.blocks._queue.event_queue_per_concurrency_id.get("model")
-        return (len(model.queue), model.current_concurrency) if model else (0, 0)
 
     # -- layout --------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,9 @@ class Streams(Protocol):
 
     info: EngineInfo
 
+    def load_now(self) -> tuple[int, int]:
+        """(requests that run, requests that wait)."""
+
     def stream(self, messages: Sequence[Message], params: SamplingParams, cancel: threading.Event | None = None) -> Any:
         """Iterator of Start, Tokens, Finish; closing it frees the model."""
 

@@ -98,6 +98,10 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "status.loading": {"en": "The model is loading", "zh": "模型加载中"},
     "status.failed": {"en": "Model not loaded", "zh": "模型未加载"},
     "status.queued": {"en": "Waiting for a turn · {n} before you", "zh": "排队中 · 前面还有 {n} 个请求"},
+    "status.turn": {
+        "en": "Waiting for a turn · {n} before you · about {seconds} s",
+        "zh": "排队中 · 前面还有 {n} 个请求 · 约 {seconds} 秒",
+    },
     "status.reading": {"en": "Reading your question · {seconds} s", "zh": "正在阅读问题 · {seconds} 秒"},
     "status.writing": {"en": "Writing", "zh": "正在回答"},
     "status.done": {"en": "Finished", "zh": "回答完毕"},
@@ -114,6 +118,10 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "notice.deadline": {
         "en": "The answer was cut because it took longer than allowed ({n} tokens were written).",
         "zh": "回答超过允许时间而被中止（已生成 {n} 个词元）。",
+    },
+    "notice.closing": {
+        "en": "The server was stopped, so the answer ends here, after {n} tokens. It is kept.",
+        "zh": "服务器正在停止，回答在 {n} 个词元处结束，已写出的内容已保留。",
     },
     "notice.empty": {
         "en": "The model ended its answer without a word. Answer again, or put the question differently.",

@@ -118,10 +118,6 @@ class Serve:
         self.pages.append(page)
         return launch(page.blocks, settings, prevent_thread_lock=True)[1]
 
-    def queued(self) -> tuple[int, int]:
-        """Answers of the last page that wait and that run."""
-        return self.pages[-1].do.queued()
-
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Serve]:

@@ -110,7 +110,7 @@ def test_leaving_the_page_frees_the_engine(serve: Any, visit: Any) -> None:
 
 
 def test_a_waiting_question_can_be_taken_back(serve: Any, visit: Any) -> None:
-    fake = engine(long_text(4000), delay=0.02)
+    fake = engine(long_text(4000), delay=0.02, slots=1)
     url = serve(fake, Settings(streams=1, data_dir=serve.folder))
     one, two = visit(url), visit(url)
     one.ask("first")
@@ -123,17 +123,19 @@ def test_a_waiting_question_can_be_taken_back(serve: Any, visit: Any) -> None:
     assert two.page.locator("#ming-chat [data-testid=user]").count() == 0
     one.page.click("#ming-stop")
     one.page.wait_for_selector("#ming-send", state="visible")
-    assert [m[-1].content for m, _ in fake.calls] == ["first"]
+    assert [m[-1].content for m, _ in fake.calls] == ["first", "second"] and fake.load_now() == (0, 0)
 
 
 def test_busy_is_said_politely(serve: Any, visit: Any) -> None:
-    url = serve(engine(long_text(4000), delay=0.02), Settings(max_queue=1, streams=1))
+    fake = engine(long_text(4000), delay=0.02, slots=1, max_waiting=1)
+    url = serve(fake, Settings(max_queue=1, streams=1))
     visitors = [visit(url, locale="zh-CN") for _ in range(3)]
     for v in visitors[:2]:
         v.ask("问题")
         v.page.wait_for_selector("#ming-stop", state="visible")
-        v.until(lambda: sum(serve.queued()) == visitors.index(v) + 1)  # noqa: B023 (asked at once)
-    assert serve.queued() == (1, 1)
+        v.until(lambda: sum(fake.load_now()) == visitors.index(v) + 1)  # noqa: B023 (asked at once)
+    assert fake.load_now() == (1, 1)
+    assert "0 个请求" in visitors[1].page.inner_text("#ming-status")
     visitors[2].ask("我的问题")
     visitors[2].page.wait_for_selector("text=当前提问人数较多")
     assert visitors[2].page.input_value("#ming-input textarea") == "我的问题"

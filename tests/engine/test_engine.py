@@ -9,7 +9,7 @@ import pytest
 from ming_app.engine.backends.torch import TorchBackend
 from ming_app.engine.engine import Engine
 from ming_app.engine.prompt import ChatTokenizer
-from ming_app.engine.types import EngineInfo, Finish, Message, SamplingParams, Start, Token
+from ming_app.engine.types import EngineInfo, Finish, Message, Queued, SamplingParams, Start, Token
 from ming_app.errors import PromptTooLongError, UsageError
 from ming_app.models.load import load_torch_model
 from tests.tiny import make_adapter, write_base
@@ -28,7 +28,7 @@ def engine(tmp_path_factory) -> Engine:
 
 
 def run(engine: Engine, params: SamplingParams = GREEDY, messages=QUESTION):
-    start, *tokens, finish = list(engine.stream(messages, params))
+    start, *tokens, finish = [one for one in engine.stream(messages, params) if not isinstance(one, Queued)]
     assert isinstance(start, Start) and isinstance(finish, Finish) and all(isinstance(t, Token) for t in tokens)
     return start, tokens, finish
 
@@ -123,8 +123,9 @@ def test_a_waiting_request_can_be_stopped(narrow):
     next(events)
     cancel = threading.Event()
     threading.Timer(0.1, cancel.set).start()
-    for params, reason in ((GREEDY, "cancelled"), (SamplingParams(deadline=0.1), "deadline")):
-        (finish,) = list(narrow.stream(QUESTION, params, cancel if reason == "cancelled" else None))
+    for params, reason in ((GREEDY, "cancelled"), (SamplingParams(patience=0.1), "deadline")):
+        queued, finish = list(narrow.stream(QUESTION, params, cancel if reason == "cancelled" else None))
+        assert queued.before == 0 and queued.seconds > 0
         assert finish.reason == reason and finish.new_tokens == 0 and finish.trace is None
     events.close()
 

@@ -104,14 +104,14 @@ def test_a_refused_edit_is_not_lost(page: Page) -> None:
 
 
 def test_refusals_are_told_in_the_visitors_language(page: Page) -> None:
-    page.do.queued = lambda: (32, 1)
+    page.do.load = lambda: (1, 32)
     with pytest.raises(gr.Error, match="排队"):
         page.do.ask(Session(lang="zh"), "q")
     with pytest.raises(gr.Error, match="waiting"):
         page.do.ask(Session(lang="en"), "q")
     streams = page.do.settings.streams
-    for queued, before in (((0, streams), 1), ((2, streams), 3), ((0, 1), 0)):
-        page.do.queued = lambda: queued  # noqa: B023  # asked at once
+    for queued, before in (((streams, 0), 1), ((streams, 2), 3), ((1, 0), 0)):
+        page.do.load = lambda: queued  # noqa: B023  # asked at once
         session = Session()
         page.do.ask(session, "q")
         assert session.status.values == {"n": before}

@@ -24,7 +24,7 @@ from ming_app.ui.bilingual import labelled, valued
 from ming_app.ui.chat import Session
 from ming_app.ui.exam import pages, payload, tutor
 from ming_app.ui.exam.room import Room
-from ming_app.ui.handlers import DEADLINE, QUEUED, QUIET, Updates
+from ming_app.ui.handlers import DEADLINE, PATIENCE, QUEUED, QUIET, Updates
 from ming_app.ui.text import refusal, t
 
 if TYPE_CHECKING:
@@ -188,7 +188,9 @@ class HelpPane:
             room.helped = place = room.place
             chat.ask(helper, text[: chat.MAX_CHARS])
             note = pages.told(lang, t(lang, "exam.ai.similar_note")) if kind == "similar" else ""
-            params = SamplingParams(HELP_TOKENS, temperature=0.3, deadline=DEADLINE)
+            params = SamplingParams(
+                HELP_TOKENS, temperature=0.3, deadline=DEADLINE, patience=PATIENCE, visitor=session.visitor
+            )
 
             def shown(said: str, over: bool) -> str:
                 return tutor.blotted(said, question, over) if kind == "hint" else said
