@@ -41,6 +41,7 @@ SETTINGS_FLAGS = (
     "lang",
     "region",
 )
+ADDRESS_FLAGS = ("host", "port")
 SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 BROKEN_PIPE = 141  # as a shell reports a reader that went away: 128 + SIGPIPE
 TRACE_ENDINGS = (".npz", ".json")
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None, *, load_engine: LoadEngine | None = 
 
 def _run(words: list[str], console: Console, load_engine: LoadEngine) -> int:
     args = build_parser(console).parse_args(words)
-    settings = Settings.load({name: getattr(args, name, None) for name in SETTINGS_FLAGS})
+    settings = Settings.load({name: getattr(args, name, None) for name in (*SETTINGS_FLAGS, *ADDRESS_FLAGS)})
     return int(args.run(args, settings, console, load_engine))
 
 
@@ -214,6 +215,11 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
     triage.add_argument("text", metavar="TEXT", help=t("- reads standard input", "- 表示从标准输入读取"))
     add_region(triage, console)
 
+    serve = _command(
+        commands, "serve", cmd_serve, [common], t("the page and an OpenAI-compatible API", "页面与兼容 OpenAI 的 API")
+    )
+    add_address(serve, console)
+
     from ming_app.bench_cli import add_bench_options
 
     bench = _command(commands, "bench", cmd_bench, [common], t("measure speed and memory", "测量速度与内存"))
@@ -249,6 +255,17 @@ def add_region(parser: argparse.ArgumentParser, console: Console) -> None:
         "--region",
         choices=REGIONS,
         help=console.text("whose emergency numbers a warning names", "警示中使用哪里的急救号码"),
+    )
+
+
+def add_address(parser: argparse.ArgumentParser, console: Console) -> None:
+    """Where to listen."""
+    t = console.text
+    parser.add_argument(
+        "--host", help=t("address to listen on; 127.0.0.1 is this machine only", "监听地址；127.0.0.1 仅限本机")
+    )
+    parser.add_argument(
+        "--port", type=int, metavar="N", help=t("port to listen on; 0: any free one", "监听端口；0 为任意空闲端口")
     )
 
 
@@ -469,6 +486,15 @@ def cmd_triage(args: argparse.Namespace, settings: Settings, console: Console, l
             )
         )
     console.result(found)
+    return 0
+
+
+def cmd_serve(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """Page and API until stopped."""
+    from ming_app.serve.server import serve
+
+    serve(settings)
+    console.result({"stopped": True})
     return 0
 
 

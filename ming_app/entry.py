@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ming_app import __version__
-from ming_app.cli import SETTINGS_FLAGS, Parser, add_lang, language, settings_options
+from ming_app.cli import ADDRESS_FLAGS, SETTINGS_FLAGS, Parser, add_address, add_lang, language, settings_options
 from ming_app.console import Console, use_utf8
 from ming_app.errors import MingError
 from ming_app.settings import Settings
 
-FLAGS = (*SETTINGS_FLAGS, "host", "port")
+FLAGS = (*SETTINGS_FLAGS, *ADDRESS_FLAGS)
 
 
 def main(argv: Sequence[str] | None = None, *, serve: Callable[[Settings], int] | None = None) -> int:
@@ -50,10 +50,5 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ming-app {__version__}")
     add_lang(parser, console)
-    parser.add_argument(
-        "--host", help=t("address to listen on; 127.0.0.1 is this machine only", "监听地址；127.0.0.1 仅限本机")
-    )
-    parser.add_argument(
-        "--port", type=int, metavar="N", help=t("port to listen on; 0: any free one", "监听端口；0 为任意空闲端口")
-    )
+    add_address(parser, console)
     return parser

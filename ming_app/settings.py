@@ -91,6 +91,10 @@ class Settings:
     """Tokens of all conversations together that the KV cache holds; 0: four times the context. Bounds its memory."""
     max_queue: int = 32
     """Requests that may wait for their turn; one more is refused politely."""
+    api_keys: str = field(default="", repr=False)
+    """Keys of the HTTP API, separated by commas, or "@" and the path of a file with one a line; "": this machine only."""
+    drain_seconds: int = 30
+    """Seconds that answers have to end when the server is stopped; what is written by then is kept."""
     per_visitor: int = 4
     """Unfinished requests that one visitor of the page, or one key of the API, may have; 0: any number."""
 
@@ -115,6 +119,7 @@ class Settings:
             ("kv_tokens", 0, 1 << 26),
             ("max_queue", 1, 100_000),
             ("per_visitor", 0, 100_000),
+            ("drain_seconds", 0, 3600),
         ):
             if not low <= getattr(self, name) <= high:
                 raise UsageError(

@@ -16,7 +16,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from ming_app.engine.types import EngineInfo, Event, Finish, Message, Queued, SamplingParams, Start, Timings, Token
+from ming_app.engine.types import (
+    EngineInfo,
+    Event,
+    Finish,
+    Message,
+    Outcome,
+    Queued,
+    SamplingParams,
+    Start,
+    Timings,
+    Token,
+)
 from ming_app.engine.waiting import WaitingRoom
 from ming_app.errors import MingError, PromptTooLongError
 from ming_app.molora.trace import RouterTrace, TraceToken
@@ -108,6 +119,12 @@ class FakeEngine:
                 self._room.leave(mine)
                 self._running = [one for one in self._running if one is not mine]
                 self._changed.notify_all()
+
+    def on_end(self, told: Callable[[Outcome], None]) -> None:
+        """Nothing is counted."""
+
+    def drain(self, seconds: float) -> bool:
+        return True
 
     def load_now(self) -> tuple[int, int]:
         return len(self._running), len(self._room)

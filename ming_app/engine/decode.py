@@ -73,6 +73,16 @@ class RoutingRecord:
         self.length = end
 
 
+def likeliest(logits: np.ndarray, log_total: float | None, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most likely tokens under float32 logits [V], the likeliest first: (id, natural log-probability)."""
+    if not count:
+        return ()
+    log_total = _logsumexp(logits) if log_total is None else log_total
+    ids = np.argpartition(-logits, count - 1)[:count] if count < len(logits) else np.arange(len(logits))
+    ids = ids[np.lexsort((ids, -logits[ids]))]
+    return tuple((int(i), float(logits[i]) - log_total) for i in ids)
+
+
 def log_probabilities(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """float64 [n]: log-probability of ids[i] under logits[i] (float32 [n, V])."""
     return np.array([float(row[i]) - _logsumexp(row) for row, i in zip(logits, ids, strict=True)])

@@ -8,10 +8,11 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from ming_app.engine.decode import RoutingRecord, Sampler, log_probabilities
+from ming_app.engine.decode import RoutingRecord, Sampler, likeliest, log_probabilities
 from ming_app.engine.interventions import Compiled, described
 from ming_app.engine.paging import PAGE
 from ming_app.engine.prompt import ChatTokenizer, PieceStream
@@ -122,6 +123,7 @@ class AnswerJob(Job):
         self._logprob = 0.0
         self._piece = self._tokens[-1].piece + 1
         self._pending = 0  # tokens of a character that is not whole yet
+        self._alternatives: list[tuple[tuple[int, float], ...]] = []  # of the next token and of those that are pending
         self._held: list[Token] = []  # pieces that may be the beginning of a stop text
         self._new = 0
         self._abandoned = False
@@ -169,6 +171,7 @@ class AnswerJob(Job):
                 self._finish("stop")
             else:
                 self.feed = token
+                self._alternatives.append(likeliest(logits, log_total, self.params.alternatives))
 
     def abandon(self) -> None:
         """Nobody listens any more."""
@@ -234,7 +237,7 @@ class AnswerJob(Job):
         for piece in self._held:
             if length > 0:
                 cut = piece.text[:length]
-                self.queue.put(Token(cut, piece.tokens, piece.logprob, piece.experts, piece.weights))
+                self.queue.put(replace(piece, text=cut))
                 length -= len(cut)
         self._held.clear()
 
@@ -247,7 +250,9 @@ class AnswerJob(Job):
         if self.record is not None:
             rows = slice(self.record.length - count, self.record.length)
             experts, weights = self.record.experts[rows].copy(), self.record.weights[rows].copy()
-        return Token("".join(t.text for t in tokens), tokens, sum(t.logprob or 0.0 for t in tokens), experts, weights)
+        beside, self._alternatives = tuple(self._alternatives[:count]), self._alternatives[count:]
+        text, logprob = "".join(t.text for t in tokens), sum(t.logprob or 0.0 for t in tokens)
+        return Token(text, tokens, logprob, experts, weights, beside if self.params.alternatives else ())
 
     def _finish(self, reason: str) -> None:
         self.ended, self._reason = True, reason

@@ -26,6 +26,16 @@ MAX_TOKENIZER_BYTES = 128 << 20
 _SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters that JSON can carry and UTF-8 cannot
 
 
+def _byte_letters() -> dict[str, int]:
+    """letter -> byte, as byte-level BPE writes bytes: those that print as themselves, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTES = _byte_letters()
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How a family writes a turn: control tokens by name, and the text between them."""
@@ -106,6 +116,13 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens written out."""
         return self._full.decode(list(ids), skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which need not be whole characters; its name where it is a control token."""
+        word = self._full.id_to_token(token_id) or ""
+        if token_id in self._control_ids or any(letter not in _BYTES for letter in word):
+            return word.encode()
+        return bytes(_BYTES[letter] for letter in word)
 
     def piece_stream(self) -> PieceStream:
         """A stream that turns ids into whole characters."""

@@ -66,6 +66,8 @@ class SamplingParams:
     """texts that end the answer before them; at most 8 of at most 100 characters"""
     interventions: tuple[Intervention, ...] = ()
     """what this request changes in the adapter, on top of `router_bias`"""
+    alternatives: int = 0
+    """how many of the most likely tokens are told beside each one that was chosen; at most 20"""
 
     def __post_init__(self) -> None:
         ranges = {
@@ -75,10 +77,11 @@ class SamplingParams:
             "top_k": (0, 1 << 20),
             "min_p": (0, 1),
             "repetition_penalty": (0.5, 3),
+            "alternatives": (0, 20),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            kinds = int if name in ("max_new_tokens", "top_k") else int | float
+            kinds = int if name in ("max_new_tokens", "top_k", "alternatives") else int | float
             if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
                 raise UsageError(
                     f"{name} is {value!r}; it must be between {low} and {high}.",
@@ -134,6 +137,8 @@ class Token:
     """sum over `tokens`"""
     experts: np.ndarray | None
     weights: np.ndarray | None
+    alternatives: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """for each of `tokens`: (id, natural log-probability), the most likely first, as many as were asked for"""
 
 
 @dataclass(frozen=True)

@@ -65,15 +65,13 @@ _DAMAGE = (
 def write_trace(trace: RouterTrace, path: str | os.PathLike[str]) -> Path:
     """Writes .npz or .json by the file's ending, to a temporary name first. Raises TraceError for other endings."""
     path = Path(path)
-    arrays = {name: getattr(trace, name) for name in (*ARRAYS, *MEASURED) if getattr(trace, name) is not None}
     if path.suffix == ".npz":
         buffer = io.BytesIO()
         header = np.frombuffer(json.dumps(header_of(trace), ensure_ascii=False).encode(), np.uint8)
-        np.savez_compressed(buffer, header=header, **arrays)
+        np.savez_compressed(buffer, header=header, **_arrays(trace))
         data = buffer.getvalue()
     elif path.suffix == ".json":
-        lists = {name: _plain(array).tolist() for name, array in arrays.items()}
-        data = json.dumps({**header_of(trace), **lists}, ensure_ascii=False).encode()
+        data = json.dumps(to_json(trace), ensure_ascii=False).encode()
     else:
         raise bad_trace(f"a trace file ends in .npz or .json, not {path.suffix!r}")
     partial = path.with_name(path.name + ".partial")
@@ -105,6 +103,15 @@ def read_trace(path: str | os.PathLike[str]) -> RouterTrace:
         raise
     except _DAMAGE as error:
         raise bad_trace(f"{path.name} is damaged or not a router trace ({type(error).__name__})") from error
+
+
+def to_json(trace: RouterTrace) -> dict[str, Any]:
+    """What a .json file holds: the header and the arrays as nested lists."""
+    return {**header_of(trace), **{name: _plain(array).tolist() for name, array in _arrays(trace).items()}}
+
+
+def _arrays(trace: RouterTrace) -> dict[str, Any]:
+    return {name: getattr(trace, name) for name in (*ARRAYS, *MEASURED) if getattr(trace, name) is not None}
 
 
 def header_of(trace: RouterTrace) -> dict[str, Any]:

@@ -64,28 +64,17 @@ def spare_loopback() -> None:
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
 
 
-def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
-    """`blocks.launch` with this app's settings; `options` are for tests. Raises MingError when the port is taken."""
-    host, port = settings.host, settings.port
-    blocked = [
-        str(path.resolve())
-        for path in (settings.cache_dir, settings.data_dir, Path(__file__).parents[2] / "weights")
-        if path.exists()
-    ]
-    chosen: dict[str, Any] = {
-        "server_name": host,
-        "server_port": port or None,
-        "quiet": True,
-        "share": False,
+def page_options(settings: Settings) -> dict[str, Any]:
+    """What the page is served with, whoever serves it."""
+    folders = (settings.cache_dir, settings.data_dir, Path(__file__).parents[2] / "weights")
+    return {
         "run_history": False,
         "enable_monitoring": False,
         "footer_links": [],
         "ssr_mode": False,
-        "strict_cors": True,
         "pwa": not settings.space,  # installable where it is served by oneself
         "max_file_size": "20mb",
-        "max_threads": at_once(settings) + 40,  # who waits holds a thread; 40 are Gradio's own default
-        "blocked_paths": blocked,
+        "blocked_paths": [str(path.resolve()) for path in folders if path.exists()],
         "app_kwargs": {
             "middleware": [Middleware(SafeHeaders)],
             "docs_url": None,
@@ -95,6 +84,20 @@ def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
         "theme": build_theme(),
         "head": head(),
         "favicon_path": LOGO,
+    }
+
+
+def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
+    """`blocks.launch` with this app's settings; `options` are for tests. Raises MingError when the port is taken."""
+    host, port = settings.host, settings.port
+    chosen: dict[str, Any] = {
+        "server_name": host,
+        "server_port": port or None,
+        "quiet": True,
+        "share": False,
+        "strict_cors": True,
+        "max_threads": at_once(settings) + 40,  # who waits holds a thread; 40 are Gradio's own default
+        **page_options(settings),
         **options,
     }
     spare_loopback()

@@ -43,7 +43,15 @@ class EngineLoader:
         self._load = load
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._ready: list[Callable[[Any], None]] = []
         self.state = LoadState()
+
+    def when_ready(self, told: Callable[[Any], None]) -> None:
+        """`told(engine)` once the engine is there; at once if it is. Call it before `start`."""
+        if self.state.engine is not None:
+            told(self.state.engine)
+        else:
+            self._ready.append(told)
 
     @classmethod
     def of(cls, engine: Any) -> EngineLoader:
@@ -92,6 +100,8 @@ class EngineLoader:
             logger.exception("loading the engine failed")
             self.state = LoadState(error=error)
         else:
+            for told in self._ready:
+                told(engine)
             self.state = LoadState(engine=engine)
 
     def _report(self, progress: Progress) -> None:

@@ -19,6 +19,7 @@ from ming_app.ui.about import about
 from ming_app.ui.bilingual import Bilingual
 from ming_app.ui.chat import Session
 from ming_app.ui.chat_tab import ChatTab
+from ming_app.ui.client_api import add_client_api
 from ming_app.ui.exam.tab import ExamTab
 from ming_app.ui.explorer_tab import ExplorerTab
 from ming_app.ui.handlers import QUEUED, QUIET, Handlers
@@ -52,6 +53,7 @@ class Page:
             title=t("en", "app.title"), analytics_enabled=False, delete_cache=(600, 1800), fill_width=True
         )
         with self.blocks:
+            add_client_api(self.do)  # before the handlers, or one of them would take its name
             self.session = gr.State(Session(), delete_callback=chat.abandon)
             self._header()
             with gr.Tabs(elem_id="ming-tabs") as self.tabs:
