@@ -123,6 +123,8 @@ class FakeEngine:
     def on_end(self, told: Callable[[Outcome], None]) -> None:
         """Nothing is counted."""
 
+    draining = False
+
     def drain(self, seconds: float) -> bool:
         return True
 

@@ -64,7 +64,7 @@ class Batcher:
         self._promised = 0  # tokens that the running jobs may come to hold
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closed = self._draining = False
+        self._closed = self.draining = False
 
     def submit(self, *jobs: Job) -> None:
         """Queues jobs, in order. Raises UsageError once closed, BusyError when they cannot be taken now."""
@@ -72,7 +72,7 @@ class Batcher:
             if self._closed:
                 raise _closed()
             try:
-                if self._draining:
+                if self.draining:
                     raise BusyError.closing()
                 self._waiting.enter(jobs, self._running())
             except BusyError as error:
@@ -91,7 +91,7 @@ class Batcher:
     def drain(self, seconds: float) -> bool:
         """Takes no more requests, sends away those that wait, and waits so long for what runs. Whether all of it ended."""
         with self._changed:
-            self._draining = True
+            self.draining = True
             for job in self._waiting.clear():
                 self._fail(job, BusyError.closing())
             return self._changed.wait_for(lambda: not self._running(), seconds)
@@ -131,7 +131,7 @@ class Batcher:
             with self._changed:
                 self._let_in()
                 running = [row for row in self._rows if row.job is not None]
-                if self._draining:
+                if self.draining:
                     self._changed.notify_all()
                 if self._closed:
                     for row in running:

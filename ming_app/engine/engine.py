@@ -138,6 +138,11 @@ class Engine:
         Whether all of them ended."""
         return self._batcher.drain(seconds)
 
+    @property
+    def draining(self) -> bool:
+        """Whether `drain` has begun."""
+        return self._batcher.draining
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a text on its own."""
         return len(self.tokenizer.encode_text(text))

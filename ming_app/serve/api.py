@@ -79,7 +79,10 @@ class Api:
     def ready(self) -> JSONResponse:
         """200 once the model can answer; 503 while it loads, when it could not be loaded, and while the server stops."""
         try:
-            running, waiting = self.engine().load_now()
+            engine = self.engine()
+            if engine.draining:
+                return JSONResponse({"status": "closing"}, 503)
+            running, waiting = engine.load_now()
         except ApiError as error:
             return JSONResponse({"status": error.code}, 503)
         return JSONResponse({"status": "ready", "running": running, "waiting": waiting})
@@ -198,7 +201,7 @@ def explain_errors(app: FastAPI) -> None:
 def _told(error: BaseException) -> ApiError:
     """Logs a bug by its kind and place, without anybody's words."""
     said = api_error(error)
-    if said.code == "internal_error":
+    if said is not error and said.code == "internal_error":
         logger.error(
             "a request failed: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
         )
