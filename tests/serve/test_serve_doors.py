@@ -131,7 +131,7 @@ def connection(served) -> socket.socket:
 
 
 def test_slow_clients_are_let_go(serve, monkeypatch) -> None:
-    monkeypatch.setattr("ming_app.serve.server.HEADER_SECONDS", 0.4)
+    monkeypatch.setattr("ming_app.serve.server.HEADER_SECONDS", 1.5)
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.4)
     served = serve()
     with connection(served) as silent, connection(served) as dripping:
@@ -184,8 +184,7 @@ def serve_tiny(tmp_path_factory):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(serve, stream) -> None:
-    pause = 0.05
-    served = serve(pause=pause, slots=1)
+    served = serve(pause=0.15, slots=1)
     body = json.dumps({**ENDLESS, "stream": stream}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     leaving = connection(served)
