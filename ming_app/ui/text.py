@@ -351,7 +351,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "exp.col_top_after": {"en": "likeliest after", "zh": "改动后首选"},
     "exp.col_kl": {"en": "divergence (nats)", "zh": "散度（奈特）"},
     "exp.working": {"en": "Working…", "zh": "正在处理…"},
-    "exp.open_answer": {"en": "Open in the explorer", "zh": "在专家页中查看"},
+    "exp.open_answer": {"en": "Open in Experts", "zh": "在专家页中查看"},
     "exp.no_question": {
         "en": "This record came from a file, so its question cannot be asked again. Choose an answer of the chat.",
         "zh": "该记录来自文件，无法重新提问。请选择对话中的回答。",
