@@ -23,7 +23,7 @@ def test_a_ticked_box_looks_ticked(serve: Any, visit: Any) -> None:
     v = visit(serve(engine("well", num_layers=5)))
     v.ask("q")
     v.finished()
-    for box in (".tk-incognito", ".xp-prompt input"):
+    for box in (".xp-prompt input", ".tk-incognito"):  # the second opens a new conversation
         v.page.locator(box).first.check()
         style = "e => [getComputedStyle(e).appearance, getComputedStyle(e).backgroundImage]"
         assert v.page.locator(box).first.evaluate(style) == ["auto", "none"]
