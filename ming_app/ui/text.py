@@ -265,6 +265,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "exp.other": {"en": "Compared with", "zh": "比较对象"},
     "exp.open_file": {"en": "Open a record (.npz, .json)", "zh": "打开记录（.npz、.json）"},
     "exp.example": {"en": "Open the example", "zh": "打开示例"},
+    "exp.tokens": {"en": "{n} tokens", "zh": "{n} 词元"},
     "exp.example_title": {"en": "Example: 12 texts", "zh": "示例：12 段文本"},
     "exp.measure": {"en": "Look closely", "zh": "深入测量"},
     "exp.measure_info": {

@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import sync_playwright
-
 from ming_app.engine.engine import Engine
 from ming_app.exam.formats import read_bank
 from ming_app.settings import Settings
@@ -36,6 +34,8 @@ TOP = "document.querySelectorAll('#ming-chat *').forEach((box) => (box.scrollTop
 
 def main() -> None:
     """Makes every picture, or those that are named."""
+    from playwright.sync_api import sync_playwright
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default=None)
     parser.add_argument("--out", type=Path, default=FOLDER)
