@@ -8,30 +8,48 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ming_app.models.catalog import HubFile, list_models
 from ming_app.molora.checkpoint import Adapter
 from training.licences import licence_of
 
-FRONT_MATTER = """\
----
-license: apache-2.0
-language: [zh, en]
-tags: [medical, molora, mixture-of-experts, lora]
----
-"""
+ENDING = """\
+## Intended use
 
-LIMITS = """\
-For education, research and practice with exam questions. **Not a medical device, not for diagnosis, treatment or triage,
-not for decisions about any person.** A language model of this size states wrong things fluently, in both languages; what
-it says about doses, contraindications and emergencies must not be relied on. In an emergency call the local emergency
-number (China 120, EU 112, US 911).
+Education, research, and practice with exam questions, in Chinese and English, with a person who checks what matters.
 
-The amount of training is very small (see above): it teaches the form of medical chat and exam answers more than medical
-knowledge. Part of the training text was written by other models (Huatuo, CMtMedQA, ChatDoctor), with their habits and
-mistakes. Conversations come from Chinese and US sources; advice follows no single country's guidelines. Experts are not
-specialists in a medical field: what they divide among themselves is mostly form, language and token type.
+## Out of scope
+
+**Not a medical device, not for diagnosis, treatment or triage, not for decisions about any person.** Not for doses,
+prescriptions or emergencies. In an emergency call the local emergency number (China 120, EU 112, US 911).
+
+## Limits
+
+A language model of this size states wrong things fluently, in both languages; what it says about doses, contraindications
+and emergencies must not be relied on. The amount of training is very small (see above): it teaches the form of medical chat
+and exam answers more than medical knowledge. Part of the training text was written by other models (Huatuo, CMtMedQA,
+ChatDoctor), with their habits and mistakes. Conversations come from Chinese and US sources; advice follows no single
+country's guidelines. Experts are not specialists in a medical field: what they divide among themselves is mostly form,
+language and token type.
 
 仅供学习、研究和练习考试题使用，**不是医疗器械，不得用于诊断、治疗、分诊或针对任何人的决定**。训练量很小，回答可能流畅却错误；
 紧急情况请立即拨打当地急救电话（中国 120）。
+"""
+
+CITATION = """\
+## Citation
+
+The architecture is that of MING-MOE; these weights are not the authors'.
+
+```bibtex
+@misc{liao2024mingmoe,
+  title         = {MING-MOE: Enhancing Medical Multi-Task Learning in Large Language Models with Sparse Mixture of Low-Rank Adapter Experts},
+  author        = {Yusheng Liao and Shuyang Jiang and Yu Wang and Yanfeng Wang},
+  year          = {2024},
+  eprint        = {2404.09027},
+  archivePrefix = {arXiv},
+  primaryClass  = {cs.CL}
+}
+```
 """
 
 
@@ -39,15 +57,70 @@ def model_card(name: str, title: str, adapter: Adapter, evaluation: Mapping[str,
     """Markdown. `title` is the base's human name; `evaluation` is the JSON of `training evaluate`, when there is one."""
     summary = adapter.summary
     parts = [
-        FRONT_MATTER,
+        _front_matter(str(summary["base"])),
         f"# {name}: sparse MoLoRA adapter for {title}\n",
         _what(title, adapter),
         _data(summary),
         _method(adapter),
         _measured(evaluation) if evaluation else "",
-        "## Intended use and limits\n\n" + LIMITS,
+        ENDING,
+        _use(name, str(summary["base"])),
+        CITATION,
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _front_matter(base: str) -> str:
+    """Metadata as model hubs read it; the base's id where the catalogue knows one."""
+    repositories = [
+        source.repo
+        for model in list_models()
+        if model.name == base
+        for source in model.sources
+        if isinstance(source, HubFile)
+    ]
+    on_hub = (
+        [f"base_model: {repositories[0].removesuffix('-GGUF')}", "base_model_relation: adapter"] if repositories else []
+    )
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "language: [zh, en]",
+        *on_hub,
+        "library_name: ming-app",
+        "pipeline_tag: text-generation",
+        "tags: [medical, molora, mixture-of-experts, lora]",
+        "---",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _use(name: str, base: str) -> str:
+    bundled = any(model.name == name for model in list_models())
+    flags, settings = f"--model {name}", f'model="{name}"'
+    if not bundled:
+        flags, settings = f"--model {base} --adapter FOLDER", f'model="{base}", adapter="FOLDER"'
+    return f"""\
+## How to use
+
+With the program that made it, from its folder; not with PEFT or transformers alone, whose formats hold neither routers nor
+experts. `config.json` names the base by its SHA-256, and another base is refused.
+
+    python app.py {flags}
+    python -m ming_app ask "What is anaemia?" {flags}
+
+```python
+from ming_app.engine.engine import Engine
+from ming_app.engine.types import Message, SamplingParams, Token
+from ming_app.settings import Settings
+
+engine = Engine.load(Settings({settings}))
+for event in engine.stream([Message("user", "What is anaemia?")], SamplingParams()):
+    if isinstance(event, Token):
+        print(event.text, end="", flush=True)
+engine.close()
+```
+"""
 
 
 def _what(title: str, adapter: Adapter) -> str:
@@ -96,11 +169,11 @@ order each time. Held-out rows, and all dev and benchmark files, were not traine
 
 def _method(adapter: Adapter) -> str:
     s, c = adapter.summary, adapter.config
-    o = s["optimizer"]
+    o, precision = s["optimizer"], f" in {s['precision']}" if "precision" in s else ""
     return f"""\
 ## How
 
-Masked chat loss on assistant turns and their end token; frozen base in {s["precision"]}, AdamW on float32 adapter weights.
+Masked chat loss on assistant turns and their end token; frozen base{precision}, AdamW on float32 adapter weights.
 
 | steps | minutes on two CPU cores | peak lr | warm-up | weight decay | clip | balance loss | E, k, r, alpha | seed |
 |---:|---:|---:|---:|---:|---:|---:|---|---:|

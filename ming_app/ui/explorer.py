@@ -107,14 +107,17 @@ class Explorer:
             raise refusal("refuse.no_trace")
         return current
 
-    def choices(self) -> list[tuple[str, str]]:
+    def choices(self, lang: str) -> list[tuple[str, str]]:
         """(title with its number of tokens, key) of every exhibit, newest first."""
-        return [(f"{exhibit.title}  ·  {len(exhibit.trace)}", exhibit.key) for exhibit in self.exhibits]
+        return [
+            (f"{exhibit.title}  ·  {t(lang, 'exp.tokens', n=len(exhibit.trace))}", exhibit.key)
+            for exhibit in self.exhibits
+        ]
 
-    def others(self) -> list[tuple[str, str]]:
+    def others(self, lang: str) -> list[tuple[str, str]]:
         """The choices to compare the current exhibit with."""
         current = self.current
-        return [choice for choice in self.choices() if current is None or choice[1] != current.key]
+        return [choice for choice in self.choices(lang) if current is None or choice[1] != current.key]
 
     def look(self, key: str | None) -> None:
         """Chooses an exhibit and keeps layer and matrix where they exist."""

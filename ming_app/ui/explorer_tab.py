@@ -232,7 +232,7 @@ class ExplorerTab:
         """Everything as it stands; the newest answer when nothing was chosen."""
         explorer, current = session.explorer, session.explorer.current
         explorer.look(current.key if current else None)
-        choices = explorer.choices()
+        choices = explorer.choices(session.lang)
         if explorer.find(explorer.other) is None or (current and explorer.other == current.key):
             explorer.other = None
         last = current.trace.num_layers - 1 if current else 0
@@ -240,7 +240,7 @@ class ExplorerTab:
         explorer.last_layer = last
         return [
             gr.update(choices=choices, value=current.key if current else None),
-            gr.update(choices=explorer.others(), value=explorer.other),
+            gr.update(choices=explorer.others(session.lang), value=explorer.other),
             explorer.payload(),
             gr.update(maximum=last),
             ranged,
@@ -359,11 +359,11 @@ class ExplorerTab:
         for (trace, text), named in ((plain, "greedy"), (changed, ", ".join(texts))):
             made = explorer.add(current.title, trace, current.messages, text, named)
         explorer.other = made.key
-        choices = explorer.choices()
+        choices = explorer.choices(session.lang)
         yield [
             answers_html(plain[1], changed[1], session.lang),
             gr.update(choices=choices, value=current.key),
-            gr.update(choices=explorer.others(), value=made.key),
+            gr.update(choices=explorer.others(session.lang), value=made.key),
             "",
         ]
 

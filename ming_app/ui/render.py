@@ -90,7 +90,8 @@ def badge(lang: str, info: EngineInfo | None) -> str:
         experts = t(lang, "badge.experts", e=info.num_experts, k=info.top_k)
     else:
         experts = t(lang, "badge.no_adapter")
-    parts = [f"<b>{escape(info.title)}</b>", *map(escape, (info.precision, f"{info.backend} · {info.device}", experts))]
+    where = " · ".join(dict.fromkeys((info.backend, info.device)))  # the engine "cpu" runs on the device "cpu"
+    parts = [f"<b>{escape(info.title)}</b>", *map(escape, (info.precision, where, experts))]
     pills = "".join(f'<span class="m-pill">{part}</span>' for part in parts)
     return f'<div class="m-badge" aria-label="{escape(t(lang, "badge.label"))}">{label}{pills}</div>'
 

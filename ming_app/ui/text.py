@@ -273,6 +273,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "exp.other": {"en": "Compared with", "zh": "比较对象"},
     "exp.open_file": {"en": "Open a record (.npz, .json)", "zh": "打开记录（.npz、.json）"},
     "exp.example": {"en": "Open the example", "zh": "打开示例"},
+    "exp.tokens": {"en": "{n} tokens", "zh": "{n} 词元"},
     "exp.example_title": {"en": "Example: 12 texts", "zh": "示例：12 段文本"},
     "exp.measure": {"en": "Look closely", "zh": "深入测量"},
     "exp.measure_info": {
@@ -359,7 +360,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "exp.col_top_after": {"en": "likeliest after", "zh": "改动后首选"},
     "exp.col_kl": {"en": "divergence (nats)", "zh": "散度（奈特）"},
     "exp.working": {"en": "Working…", "zh": "正在处理…"},
-    "exp.open_answer": {"en": "Open in the explorer", "zh": "在专家页中查看"},
+    "exp.open_answer": {"en": "Open in Experts", "zh": "在专家页中查看"},
     "exp.no_question": {
         "en": "This record came from a file, so its question cannot be asked again. Choose an answer of the chat.",
         "zh": "该记录来自文件，无法重新提问。请选择对话中的回答。",

@@ -18,6 +18,17 @@ from tests.fakes import long_text
 pytestmark = pytest.mark.browser
 
 
+def test_a_ticked_box_looks_ticked(serve: Any, visit: Any) -> None:
+    """Gradio's own style would draw a white tick on no ground."""
+    v = visit(serve(engine("well", num_layers=5)))
+    v.ask("q")
+    v.finished()
+    for box in (".xp-prompt input", ".tk-incognito"):  # the second opens a new conversation
+        v.page.locator(box).first.check()
+        style = "e => [getComputedStyle(e).appearance, getComputedStyle(e).backgroundImage]"
+        assert v.page.locator(box).first.evaluate(style) == ["auto", "none"]
+
+
 def test_the_panel_shows_what_the_trace_holds(serve: Any, visit: Any) -> None:
     """Strip, detail, load and table in the browser against the Python tables of the same trace."""
     fake = engine("多喝水 and rest 💧 well", num_layers=5)
