@@ -204,6 +204,11 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
     add_exam_parser(commands, t, [common])
     commands.choices["exam"].set_defaults(run=cmd_exam)
 
+    from ming_app.deploy_cli import add_deploy_parser
+
+    add_deploy_parser(commands, t, [_plain_options(console)])
+    commands.choices["deploy"].set_defaults(run=cmd_deploy)
+
     triage = _command(
         commands,
         "triage",
@@ -451,6 +456,14 @@ def cmd_exam(args: argparse.Namespace, settings: Settings, console: Console, loa
     from ming_app.exam_cli import run_exam
 
     console.result(run_exam(args, settings, console, load_engine))
+    return 0
+
+
+def cmd_deploy(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """The app as a Hugging Face Space; see ming_app.deploy_cli."""
+    from ming_app.deploy_cli import run_deploy
+
+    console.result(run_deploy(args, console))
     return 0
 
 
