@@ -14,6 +14,7 @@ from ming_app.deploy.space import HARDWARE, SDKS, Upload, plan, write
 from ming_app.models.store import gigabytes
 
 NAMES = tuple(HARDWARE)
+SHOWN = 5  # untracked files on the terminal
 
 
 def add_deploy_parser(commands: Any, t: Callable[[str, str], str], parents: list[argparse.ArgumentParser]) -> None:
@@ -53,8 +54,8 @@ def add_deploy_parser(commands: Any, t: Callable[[str, str], str], parents: list
     )
 
 
-def run_deploy(args: argparse.Namespace, console: Console, api: Any = None) -> dict[str, Any]:
-    """Deploys; the JSON object. `api` stands in for huggingface_hub's HfApi in tests."""
+def run_deploy(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Deploys, unless it is a dry run; the JSON object."""
     from ming_app.deploy.upload import address, check_name, send
 
     check_name(args.repo)
@@ -68,9 +69,9 @@ def run_deploy(args: argparse.Namespace, console: Console, api: Any = None) -> d
         else:
             folder = Path(after.enter_context(tempfile.TemporaryDirectory(prefix="ming-space-")))
         write(upload, folder)
-        _show(upload, folder, console)
+        _show(upload, console)
         if not args.dry_run:
-            repo, url = send(upload, folder, repo, private=args.private, api=api)
+            repo, url = send(upload, folder, repo, private=args.private)
         kept = args.out or args.dry_run
     if args.dry_run:
         console.note(
@@ -92,15 +93,22 @@ def run_deploy(args: argparse.Namespace, console: Console, api: Any = None) -> d
     }
 
 
-def _show(upload: Upload, folder: Path, console: Console) -> None:
+def _show(upload: Upload, console: Console) -> None:
     for entry in upload.files:
         console.line(f"{entry.size:>12,}  {entry.path}")
     variables = ", ".join(f"{key}={value}" for key, value in upload.variables.items())
-    total = f"{len(upload.files)}", gigabytes(upload.size)
+    if upload.left_out:
+        some = ", ".join(upload.left_out[:SHOWN])
+        more = " …" if len(upload.left_out) > SHOWN else ""
+        console.note(
+            f"Left out, because git does not track them: {some}{more}. Add to git what the app needs.",
+            f"以下文件未被 git 跟踪，因此不上传：{some}{more}。如应用需要，请先加入 git。",
+        )
+    count, size = len(upload.files), gigabytes(upload.size)
     console.line(
         console.text(
-            f"{total[0]} files, {total[1]}; {upload.sdk}, {upload.hardware.flavor}; {variables}",
-            f"共 {total[0]} 个文件，{total[1]}；{upload.sdk}，{upload.hardware.flavor}；{variables}",
+            f"{count} files, {size}; {upload.sdk}, {upload.hardware.flavor}; {variables}",
+            f"共 {count} 个文件，{size}；{upload.sdk}，{upload.hardware.flavor}；{variables}",
         )
     )
 

@@ -104,6 +104,8 @@ class Upload:
     """the Space's variables: which model it serves"""
     files: tuple[Entry, ...]
     """sorted by path"""
+    left_out: tuple[str, ...] = ()
+    """files among them that git does not track, and that stay here"""
 
     @property
     def size(self) -> int:
@@ -125,7 +127,8 @@ def plan(root: Path = ROOT, *, hardware: str = "cpu", sdk: str = "gradio", model
     if hardware == "zerogpu":
         written["requirements.txt"] = _zerogpu_requirements((root / "requirements.txt").read_text(encoding="utf-8"))
     files = []
-    for name in chosen_files(root, sdk, own):
+    names, left_out = chosen_files(root, sdk, own)
+    for name in names:
         if name in written:
             data = written[name].encode()
             files.append(Entry(name, len(data), data=data))
@@ -138,6 +141,7 @@ def plan(root: Path = ROOT, *, hardware: str = "cpu", sdk: str = "gradio", model
         front_matter=front,
         variables={"MING_MODEL": served.name, "MING_PRECISION": machine.precision},
         files=tuple(files),
+        left_out=tuple(left_out),
     )
 
 
@@ -228,35 +232,40 @@ def _zerogpu_requirements(text: str) -> str:
 # -- which files ------------------------------------------------------------------------------------------------------
 
 
-def chosen_files(root: Path, sdk: str, adapter: str) -> list[str]:
-    """Names relative to `root`, sorted; `adapter` is the bundled adapter's folder under weights, or empty."""
+def chosen_files(root: Path, sdk: str, adapter: str) -> tuple[list[str], list[str]]:
+    """(what is uploaded, what is left out because git does not track it): names relative to `root`, sorted.
+
+    `adapter` is the bundled adapter's folder under weights, or empty.
+    """
     single = FILES + (DOCKER_FILES if sdk == "docker" else ())
     folders = (*FOLDERS, *([f"weights/{adapter}"] if adapter else []))
-    known = _tracked(root)
-    if known is None:
-        known = _found(root, folders) + list(single)
-    names = sorted({name for name in known if name in single or name.startswith(tuple(f"{f}/" for f in folders))})
+
+    def ours(known: list[str]) -> list[str]:
+        return sorted({name for name in known if name in single or name.startswith(tuple(f"{f}/" for f in folders))})
+
+    tracked = _listed(root)
+    names = ours(_found(root, folders) + list(single) if tracked is None else tracked)
     needed = {*single, "ming_app/__init__.py", *(f"weights/{adapter}/{name}" for name in ADAPTER_FILES if adapter)}
     missing = sorted(name for name in needed | set(names) if name not in names or not (root / name).is_file())
     if missing:
         raise MingError(
-            f"The checkout in {root} lacks {', '.join(missing)}. A Space is deployed from a whole checkout of this project.",
-            f"{root} 中缺少 {'、'.join(missing)}。请在本项目的完整代码目录中部署 Space。",
+            f"The checkout in {root} lacks {', '.join(missing)}, or git does not track it. A Space is deployed from a whole checkout of this project.",
+            f"{root} 中缺少 {'、'.join(missing)}，或它们未被 git 跟踪。请在本项目的完整代码目录中部署 Space。",
         )
     for name in names:
         _refuse_secret(root, name)
-    return names
+    return names, ours(_listed(root, "--others", "--exclude-standard") or [])
 
 
-def _tracked(root: Path) -> list[str] | None:
-    """What git tracks; None where `root` is not the top of a checkout that git can read."""
+def _listed(root: Path, *which: str) -> list[str] | None:
+    """What git tracks, or `which` else it lists; None where `root` is not the top of a checkout that git can read."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, check=True).stdout.decode()
 
     try:
         inside = git("rev-parse", "--show-prefix").strip()  # empty at the top of a checkout
-        return None if inside else [name for name in git("ls-files", "-z").split("\0") if name]
+        return None if inside else [name for name in git("ls-files", "-z", *which).split("\0") if name]
     except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):
         return None
 

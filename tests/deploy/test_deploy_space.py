@@ -84,23 +84,26 @@ def test_the_default_space_holds_what_serving_needs_and_nothing_else() -> None:
     assert not [name for name in found if re.search(r"(^|/)(tests?|training|\.[^/]*|__pycache__)(/|$)|\.pyc$", name)]
     assert found == sorted(set(found)) and upload.size == sum(entry.size for entry in upload.files)
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ming_app").rglob("*.py")}
-    assert {name for name in found if name.endswith(".py")} - {"app.py"} == modules
+    assert {name for name in (*found, *upload.left_out) if name.endswith(".py")} - {"app.py"} == modules
 
 
 @has_git
 def test_without_git_the_same_files_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_git = names(plan(ROOT))
-    monkeypatch.setattr(space, "_tracked", lambda root: None)
-    assert names(plan(ROOT)) == with_git
+    upload = plan(ROOT)
+    monkeypatch.setattr(space, "_listed", lambda root, *which: None)
+    assert names(plan(ROOT)) == sorted({*names(upload), *upload.left_out})
 
 
 @has_git
-def test_untracked_files_stay_here(checkout: Path) -> None:
+def test_untracked_files_stay_here_and_are_named(checkout: Path) -> None:
+    put(checkout, ".gitignore", "*.log\n")
     track(checkout)
-    put(checkout, "ming_app/notes.py", "mine")
-    put(checkout, "ming_app/.env", "PASSWORD=1")
-    assert "ming_app/ui/static/page.js" in names(plan(checkout, model=SMALL))
-    assert not {"ming_app/notes.py", "ming_app/.env"} & set(names(plan(checkout, model=SMALL)))
+    for name in ("ming_app/notes.py", "ming_app/.env", "ming_app/a.log", "other.py"):
+        put(checkout, name, "mine")
+    upload = plan(checkout, model=SMALL)
+    assert "ming_app/ui/static/page.js" in names(upload)
+    assert not {"ming_app/notes.py", "ming_app/.env", "ming_app/a.log", "other.py"} & set(names(upload))
+    assert upload.left_out == ("ming_app/.env", "ming_app/notes.py")
 
 
 @has_git

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -18,7 +19,7 @@ SECONDS = 240
 
 
 def test_the_folder_of_a_space_starts_by_itself(tmp_path: Path) -> None:
-    """It serves its page, loads its model with its own adapter, and ends when told to."""
+    """It loads its model with its own adapter, serves its page, and writes nothing beside the code."""
     folder, upload = tmp_path / "space", plan(model=MODEL)
     write(upload, folder)
     with socket.socket() as probe:
@@ -26,7 +27,17 @@ def test_the_folder_of_a_space_starts_by_itself(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"SPACE_ID": "me/ming", "MING_HOST": "127.0.0.1", "MING_PORT": str(port), **upload.variables}
-    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "MING_DATA_DIR": str(tmp_path / "data")}
+    environment |= {"MING_DATA_DIR": str(tmp_path / "data"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["NUMBA_CACHE_DIR"] = str(tmp_path / "kernels")  # kernels are kept by the path of their source
+
+    words = ["ask", "What is anaemia?", "--greedy", "--max-new-tokens", "16", "--json"]
+    asked = subprocess.run(
+        [sys.executable, "-m", "ming_app", *words], cwd=folder, env=environment, capture_output=True, timeout=SECONDS
+    )
+    assert asked.returncode == 0, asked.stderr.decode()
+    answer = json.loads(asked.stdout)
+    assert answer["model"] == MODEL and answer["new_tokens"] == 16
+
     process = subprocess.Popen(
         [sys.executable, "app.py", "--model", MODEL, "--lang", "en"],
         cwd=folder,
@@ -41,18 +52,8 @@ def test_the_folder_of_a_space_starts_by_itself(tmp_path: Path) -> None:
         process.terminate()
         said = process.communicate(timeout=60)[0]
     assert "MING-MOE" in page and "Traceback" not in said, said
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
-        entry.path for entry in upload.files
-    }, "serving writes nothing beside the code"
-    answer = subprocess.run(
-        [sys.executable, "-m", "ming_app", "ask", "What is anaemia?", "--greedy", "--max-new-tokens", "16", "--json"],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert answer.returncode == 0 and f'"model": "{MODEL}"' in answer.stdout, answer.stderr
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {entry.path for entry in upload.files}
 
 
 def fetch(process: subprocess.Popen[str], url: str) -> str:
