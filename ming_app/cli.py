@@ -10,17 +10,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ming_app import __version__
+from ming_app.cli_options import (
+    ADDRESS_FLAGS,
+    SAMPLING_FLAGS,
+    SETTINGS_FLAGS,
+    Parser,
+    add_address,
+    add_region,
+    common_options,
+    language,
+    plain_options,
+    sampling_options,
+)
 from ming_app.console import Console, use_utf8
 from ming_app.errors import MingError, UsageError
-from ming_app.settings import BACKENDS, PRECISIONS, REGIONS, Settings
+from ming_app.settings import Settings
 from ming_app.ui.text import t as page_text
 
 if TYPE_CHECKING:
@@ -28,21 +39,6 @@ if TYPE_CHECKING:
     from ming_app.engine.types import Message, SamplingParams
     from ming_app.molora.trace import RouterTrace
 
-SETTINGS_FLAGS = (
-    "model",
-    "adapter",
-    "weights",
-    "cache_dir",
-    "backend",
-    "precision",
-    "device",
-    "threads",
-    "context",
-    "lang",
-    "region",
-)
-ADDRESS_FLAGS = ("host", "port")
-SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 BROKEN_PIPE = 141  # as a shell reports a reader that went away: 128 + SIGPIPE
 TRACE_ENDINGS = (".npz", ".json")
 DISCLAIMER = (page_text("en", "app.disclaimer"), page_text("zh", "app.disclaimer"))
@@ -76,20 +72,6 @@ def _run(words: list[str], console: Console, load_engine: LoadEngine) -> int:
     return int(args.run(args, settings, console, load_engine))
 
 
-def language(words: Sequence[str]) -> str:
-    """ "zh" or "en", known before the words are parsed, so that a wrong word is explained in the right language."""
-    flag = ""
-    for i, word in enumerate(words):
-        if word == "--lang" and i + 1 < len(words):
-            flag = words[i + 1]
-        elif word.startswith("--lang="):
-            flag = word.removeprefix("--lang=")
-    try:
-        return Settings.load({"lang": flag or None}).message_lang()
-    except MingError:  # reported again, in full, when the command runs
-        return Settings(lang=flag).message_lang()
-
-
 def _load_engine(settings: Settings, progress: Any) -> Streams:
     from ming_app.engine.engine import Engine
 
@@ -97,26 +79,6 @@ def _load_engine(settings: Settings, progress: Any) -> Streams:
 
 
 # -- the words a person may type --------------------------------------------------------------------------------------
-
-ARGPARSE_ZH = (
-    (r"the following arguments are required: (.*)", r"缺少参数：\1"),
-    (r"unrecognized arguments: (.*)", r"无法识别的参数：\1"),
-    (r"argument (.*?): invalid choice: (.*?) \(choose from (.*)\)", r"参数 \1 的值 \2 无效，可选：\3"),
-    (r"argument (.*?): invalid (?:int|float) value: (.*)", r"参数 \1 应为数字，而不是 \2"),
-    (r"argument (.*?): expected (?:one|at least one) argument", r"参数 \1 后缺少取值"),
-    (r"argument (.*?): not allowed with argument (.*)", r"参数 \1 不能与 \2 同时使用"),
-)
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UsageError, in both languages, where argparse would print and leave. Flags are written in full."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)  # else "--jso" would mean --json to it alone
-
-    def error(self, message: str) -> NoReturn:
-        zh = next((re.sub(en, zh, message) for en, zh in ARGPARSE_ZH if re.fullmatch(en, message)), message)
-        raise UsageError(f"{message}. See: {self.prog} --help", f"{zh}。用法见：{self.prog} --help")
 
 
 def build_parser(console: Console) -> argparse.ArgumentParser:
@@ -131,7 +93,7 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ming-app {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common, sampling = _common_options(console), _sampling_options(console)
+    common, sampling = common_options(console), sampling_options(console)
 
     ask = _command(commands, "ask", cmd_ask, [common, sampling], t("answer one question", "回答一个问题"))
     ask.add_argument(
@@ -183,7 +145,7 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
         commands,
         "verify",
         cmd_verify,
-        [_plain_options(console)],
+        [plain_options(console)],
         t("compare a checkpoint with expected logits", "将检查点与期望 logits 对比"),
     )
     for name in ("base", "adapter"):
@@ -205,11 +167,16 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
     add_exam_parser(commands, t, [common])
     commands.choices["exam"].set_defaults(run=cmd_exam)
 
+    from ming_app.deploy_cli import add_deploy_parser
+
+    add_deploy_parser(commands, t, [plain_options(console)])
+    commands.choices["deploy"].set_defaults(run=cmd_deploy)
+
     triage = _command(
         commands,
         "triage",
         cmd_triage,
-        [_plain_options(console)],
+        [plain_options(console)],
         t("look for signs of an emergency in a text; no model", "检查文本中的急症信号（不需要模型）"),
     )
     triage.add_argument("text", metavar="TEXT", help=t("- reads standard input", "- 表示从标准输入读取"))
@@ -233,98 +200,6 @@ def _command(
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, parents=parents)
     parser.set_defaults(run=run)
     return parser
-
-
-def _plain_options(console: Console) -> argparse.ArgumentParser:
-    """What every command takes."""
-    t = console.text
-    parser = Parser(add_help=False)
-    parser.add_argument(
-        "--json", action="store_true", help=t("one JSON object on stdout", "在标准输出给出一个 JSON 对象")
-    )
-    add_lang(parser, console)
-    return parser
-
-
-def add_lang(parser: argparse.ArgumentParser, console: Console) -> None:
-    parser.add_argument("--lang", choices=("zh", "en"), help=console.text("language of messages", "消息语言"))
-
-
-def add_region(parser: argparse.ArgumentParser, console: Console) -> None:
-    parser.add_argument(
-        "--region",
-        choices=REGIONS,
-        help=console.text("whose emergency numbers a warning names", "警示中使用哪里的急救号码"),
-    )
-
-
-def add_address(parser: argparse.ArgumentParser, console: Console) -> None:
-    """Where to listen."""
-    t = console.text
-    parser.add_argument(
-        "--host", help=t("address to listen on; 127.0.0.1 is this machine only", "监听地址；127.0.0.1 仅限本机")
-    )
-    parser.add_argument(
-        "--port", type=int, metavar="N", help=t("port to listen on; 0: any free one", "监听端口；0 为任意空闲端口")
-    )
-
-
-def _common_options(console: Console) -> argparse.ArgumentParser:
-    """What every command that loads a model takes."""
-    return Parser(add_help=False, parents=[_plain_options(console), settings_options(console)])
-
-
-def settings_options(console: Console) -> argparse.ArgumentParser:
-    """Which model, where and how; also for `python app.py`. Absent ones leave the MING_* environment in force."""
-    t = console.text
-    parser = Parser(add_help=False)
-    parser.add_argument("--model", help=t("catalogue name, local folder or hub id", "模型名、本地文件夹或 hub id"))
-    parser.add_argument(
-        "--adapter", help=t('adapter folder; "none" for the bare base', "适配器文件夹；none 表示只用基座")
-    )
-    parser.add_argument(
-        "--weights", metavar="PATH", help=t("file or folder with the base weights", "已有基座权重的文件或文件夹")
-    )
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", type=_path, help=t("where weights and engines are kept", "权重与引擎的缓存目录")
-    )
-    parser.add_argument("--backend", choices=BACKENDS)
-    parser.add_argument("--precision", choices=PRECISIONS)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help=t("CPU threads; 0: one per core", "CPU 线程数；0 为每核一个")
-    )
-    parser.add_argument("--context", type=int, metavar="N", help=t("context limit in tokens", "上下文上限（词元）"))
-    add_region(parser, console)
-    return parser
-
-
-def _sampling_options(console: Console) -> argparse.ArgumentParser:
-    t = console.text
-    parser = Parser(add_help=False)
-    parser.add_argument("--system", metavar="TEXT", default="", help=t("system prompt", "系统提示词"))
-    parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help=t("longest answer in tokens", "回答的最大词元数")
-    )
-    heat = parser.add_mutually_exclusive_group()
-    heat.add_argument(
-        "--greedy",
-        action="store_true",
-        help=t("always the likeliest token; reproducible", "总取概率最大的词元；结果可复现"),
-    )
-    heat.add_argument("--temperature", type=float, metavar="T")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--min-p", type=float, metavar="P")
-    parser.add_argument("--repetition-penalty", type=float, metavar="X")
-    parser.add_argument("--seed", type=int, metavar="S", help=t("makes sampling reproducible", "使采样可复现"))
-    return parser
-
-
-def _path(text: str) -> Any:
-    from pathlib import Path
-
-    return Path(text).expanduser()
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -468,6 +343,14 @@ def cmd_exam(args: argparse.Namespace, settings: Settings, console: Console, loa
     from ming_app.exam_cli import run_exam
 
     console.result(run_exam(args, settings, console, load_engine))
+    return 0
+
+
+def cmd_deploy(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """The app as a Hugging Face Space; see ming_app.deploy_cli."""
+    from ming_app.deploy_cli import run_deploy
+
+    console.result(run_deploy(args, console))
     return 0
 
 

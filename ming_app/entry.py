@@ -11,7 +11,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ming_app import __version__
-from ming_app.cli import ADDRESS_FLAGS, SETTINGS_FLAGS, Parser, add_address, add_lang, language, settings_options
+from ming_app.cli_options import (
+    ADDRESS_FLAGS,
+    SETTINGS_FLAGS,
+    Parser,
+    add_address,
+    add_lang,
+    language,
+    settings_options,
+)
 from ming_app.console import Console, use_utf8
 from ming_app.errors import MingError
 from ming_app.settings import Settings

@@ -8,11 +8,14 @@ import re
 import subprocess
 import sys
 import tomllib
+import unicodedata
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import SpaceHardware
 
+from ming_app.deploy.space import plan
 from ming_app.models.catalog import Model, list_models
 from ming_app.models.store import gigabytes
 from ming_app.settings import BACKENDS, PRECISIONS
@@ -20,6 +23,7 @@ from ming_app.settings import BACKENDS, PRECISIONS
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 550
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}  # of a Space's card
 README_PRECISIONS = ("4bit", "mix", "8bit", "nf4", "bf16")
 DISTRIBUTIONS = {
     "huggingface_hub": "huggingface_hub",
@@ -83,12 +87,21 @@ def test_front_matter_is_what_a_space_needs() -> None:
     values = front_matter()
     assert values["sdk"] == "gradio" and values["license"] == "apache-2.0" and values["python_version"] == "3.12"
     assert (ROOT / values["app_file"]).is_file()
-    assert len(values["short_description"]) <= 60
+    assert len(values["short_description"]) <= 60  # the hub refuses a longer one
+    assert len(values["emoji"]) == 1 and unicodedata.category(values["emoji"]) == "So"
+    assert {values["colorFrom"], values["colorTo"]} <= COLOURS
+    assert values["suggested_hardware"] in {flavor.value for flavor in SpaceHardware}
+    assert re.fullmatch(r"\d+[hm]", values["startup_duration_timeout"])
+    assert all(re.fullmatch(r"[a-z0-9-]+", tag) for tag in values["tags"])
     default = next(model for model in list_models() if model.default)
     source = next(s for s in default.sources if hasattr(s, "file") and hasattr(s, "repo"))
     assert values["preload_from_hub"] == [f"{source.repo} {source.file} {source.revision}"]
-    known = {s.repo for m in list_models() for s in (*m.sources, m.adapter_hub) if s is not None and hasattr(s, "repo")}
-    assert set(values["models"]) <= known
+    assert values["models"] == [source.repo]
+
+
+def test_the_front_matter_is_that_of_the_default_space() -> None:
+    """Pushing this checkout to a Space and `deploy space` give the same Space."""
+    assert plan(ROOT).front_matter == front_matter()
 
 
 def models_table(models: list[Model]) -> str:
