@@ -86,7 +86,7 @@ def test_the_readmes_lead_to_each_other_and_begin_alike() -> None:
         assert f"]({other})" in start and ".webp)" in start
         assert "    pip install -r requirements.txt\n    python app.py\n" in start
         assert f"chat-{'zh' if 'zh' in page else 'en'}.webp" in start
-    for mark in ("models", "measured", "api", "deploy"):
+    for mark in ("models", "measured"):
         assert f"<!-- {mark}:begin" in TEXTS["README.md"] and f"<!-- {mark}:end -->" in TEXTS["README.md"]
     for model in list_models():
         if model.adapter_folder is not None:  # the Chinese page repeats what is embedded

@@ -29,6 +29,7 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface_hub",
     "ml_dtypes": "ml_dtypes",
     "yaml": "PyYAML",
+    "prometheus_client": "prometheus-client",
     "llama_cpp": "llama-cpp-python",
 }
 """import name -> distribution, where they differ in more than case"""
@@ -227,8 +228,8 @@ def test_no_registry_host_and_no_local_path_in_any_text() -> None:
 
 
 def test_imports_run_one_way() -> None:
-    """molora <- models <- engine <- router, exam <- ui, cli; and nothing but ui imports gradio."""
-    order = {"molora": 0, "models": 1, "engine": 2, "router": 3, "exam": 3, "ui": 4, "bench": 4}
+    """molora <- models <- engine <- router, exam <- ui, bench <- serve; and nothing but ui imports gradio."""
+    order = {"molora": 0, "models": 1, "engine": 2, "router": 3, "exam": 3, "ui": 4, "bench": 4, "serve": 5}
     for path in (ROOT / "ming_app").rglob("*.py"):
         room = path.relative_to(ROOT / "ming_app").parts[0]
         text = path.read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ FOLDERS = ("ming_app", "examples")
 ADAPTER_FILES = ("adapter.safetensors", "config.json")
 SUFFIXES = (
     *(".py", ".toml", ".tsv", ".json", ".jsonl", ".yaml", ".md"),
-    *(".js", ".css", ".html", ".svg", ".npz", ".safetensors"),
+    *(".js", ".css", ".html", ".svg", ".webp", ".sh", ".npz", ".safetensors"),
 )
 """what belongs to the app, where git cannot say"""
 SDKS = ("gradio", "docker")

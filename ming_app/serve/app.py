@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ming_app.ui.launch import SafeHeaders, page_options  # sets Gradio's environment: before gradio
-
-import gradio as gr  # isort: skip
 from fastapi import FastAPI
 
 from ming_app.serve.api import Api, explain_errors, loading
 from ming_app.serve.guard import Guard, read_keys
 from ming_app.serve.metrics import Metrics
 from ming_app.settings import Settings
+from ming_app.ui.launch import SafeHeaders, mount
 from ming_app.ui.loader import EngineLoader
-from ming_app.ui.page import at_once, build_page
+from ming_app.ui.page import build_page
 
 
 def build_app(loader: EngineLoader, settings: Settings) -> FastAPI:
@@ -40,9 +38,7 @@ def build_app(loader: EngineLoader, settings: Settings) -> FastAPI:
     app.add_middleware(SafeHeaders)
     app.include_router(Api(engine, settings, metrics).router)
     explain_errors(app)
-    blocks = build_page(loader, settings)
-    blocks.max_threads = blocks._queue.max_thread_count = at_once(settings) + 40  # as `launch` sets them
-    return gr.mount_gradio_app(app, blocks, path="/", **page_options(settings))
+    return mount(app, build_page(loader, settings), settings)
 
 
 def _load(loader: EngineLoader) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from ming_app.ui.theme import build_theme
 
 if TYPE_CHECKING:
     import gradio as gr
+    from fastapi import FastAPI
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -96,7 +97,7 @@ def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
         "quiet": True,
         "share": False,
         "strict_cors": True,
-        "max_threads": at_once(settings) + 40,  # who waits holds a thread; 40 are Gradio's own default
+        "max_threads": max_threads(settings),
         **page_options(settings),
         **options,
     }
@@ -108,6 +109,19 @@ def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
             f"The page cannot listen on {host}:{port}: another program seems to use that port. Stop it, or choose another port with --port or MING_PORT.",
             f"无法在 {host}:{port} 上启动页面：该端口可能已被其他程序占用。请停止该程序，或用 --port 或 MING_PORT 选择其他端口。",
         ) from error
+
+
+def mount(app: FastAPI, blocks: gr.Blocks, settings: Settings) -> FastAPI:
+    """The page at every address of `app` that has no route of its own."""
+    import gradio as gr
+
+    blocks.max_threads = blocks._queue.max_thread_count = max_threads(settings)  # as `launch` sets them
+    return gr.mount_gradio_app(app, blocks, path="/", **page_options(settings))
+
+
+def max_threads(settings: Settings) -> int:
+    """Who waits holds a thread; 40 are Gradio's own default."""
+    return at_once(settings) + 40
 
 
 def serve(settings: Settings) -> int:

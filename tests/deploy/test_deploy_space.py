@@ -83,7 +83,9 @@ def test_the_default_space_holds_what_serving_needs_and_nothing_else() -> None:
     assert not [name for name in found if f"weights/{SMALL}/" in name], "an adapter that is not served"
     assert not [name for name in found if re.search(r"(^|/)(tests?|training|\.[^/]*|__pycache__)(/|$)|\.pyc$", name)]
     assert found == sorted(set(found)) and upload.size == sum(entry.size for entry in upload.files)
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ming_app").rglob("*.py")}
+    modules = {
+        path.relative_to(ROOT).as_posix() for room in ("ming_app", "examples") for path in (ROOT / room).rglob("*.py")
+    }
     assert {name for name in (*found, *upload.left_out) if name.endswith(".py")} - {"app.py"} == modules
 
 
