@@ -17,7 +17,8 @@ class PageClient:
     def __init__(self, blocks: gr.Blocks, url: str):
         self.ids: dict[str, int] = {}
         for index, fn in blocks.fns.items():
-            self.ids.setdefault(fn.name or "", index)
+            if fn.api_visibility == "private":
+                self.ids.setdefault(fn.name or "", index)
         self.session = uuid.uuid4().hex[:10]
         self.http = httpx.Client(base_url=url, timeout=60, trust_env=False)
 
