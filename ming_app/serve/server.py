@@ -7,6 +7,7 @@ is not finished by then is cut and kept. The second one stops at once.
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 import threading
 from types import FrameType
@@ -65,19 +66,26 @@ class Server(uvicorn.Server):
         self._loader, self._settings = loader, settings
         self._draining = False
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Says where it listens once it does, and a signal would be heeded."""
+        await super().startup(sockets)
+        for listening in sockets or ():
+            _announce(self._settings, *listening.getsockname()[:2])
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn would end the process by the same signal afterwards; here the stop is orderly and ends with 0."""
         if self._draining:
-            super().handle_exit(sig, frame)
+            self.should_exit = self.force_exit = True
             return
         self._draining = True
-        threading.Thread(target=self._drain, args=(sig, frame), name="drain", daemon=True).start()
+        threading.Thread(target=self._drain, name="drain", daemon=True).start()
 
-    def _drain(self, sig: int, frame: FrameType | None) -> None:
+    def _drain(self) -> None:
         engine = self._loader.state.engine
         if engine is not None:
             engine.drain(self._settings.drain_seconds)
             self._loader.close()  # what still runs ends here, and its reader gets what there is
-        super().handle_exit(sig, frame)
+        self.should_exit = True
 
 
 def configured(app: Any, settings: Settings) -> uvicorn.Config:
@@ -108,14 +116,12 @@ def serve(settings: Settings) -> int:
     config = configured(app, settings)
     server = Server(config, loader, settings)
     try:
-        socket = config.bind_socket()
+        listening = config.bind_socket()
     except SystemExit:  # uvicorn has said why, in English
         raise port_taken(settings) from None
     loader.start()
-    host, port = socket.getsockname()[:2]
-    _announce(settings, host, port)
     try:
-        server.run(sockets=[socket])
+        server.run(sockets=[listening])
     finally:
         loader.close()
     return 0
