@@ -7,8 +7,11 @@ and a Content-Security-Policy keeps the browser from loading anything from elsew
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, so before the imports below
@@ -125,17 +128,39 @@ def max_threads(settings: Settings) -> int:
 
 
 def serve(settings: Settings) -> int:
-    """Opens the page at once, loads the engine behind it, and blocks until stopped. Returns the exit code."""
+    """Opens the page at once, loads the engine behind it, and blocks until stopped. Returns the exit code.
+
+    SIGINT or SIGTERM lets running answers end (`settings.drain_seconds`); the second one stops at once.
+    """
     loader = EngineLoader.for_settings(settings)
     loader.start()
     lang, blocks = settings.message_lang(), build_page(loader, settings)
     try:
         _, url, _ = launch(blocks, settings, prevent_thread_lock=True)
+        stopped = heed_signals()
         print(t(lang, "serve.open", url=url), flush=True)
-        blocks.block_thread()
+        while not stopped.wait(0.5):
+            pass
+        if loader.state.engine is not None:
+            loader.state.engine.drain(settings.drain_seconds)
     except MingError as error:
         print(error.message(lang), file=sys.stderr)
         return error.exit_code
     finally:
         loader.close()
+        blocks.close(verbose=False)
     return 0
+
+
+def heed_signals() -> threading.Event:
+    """Set by the first SIGINT or SIGTERM; the second one raises KeyboardInterrupt."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    return stopped
