@@ -59,6 +59,19 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "load.load": {"en": "Loading the model", "zh": "正在加载模型"},
     "load.measure": {"en": "Measuring", "zh": "正在评测"},
     "load.left": {"en": "{time} left", "zh": "剩余约 {time}"},
+    "load.waited": {"en": "Started {waited} ago.", "zh": "已用时 {waited}。"},
+    "load.usual": {
+        "en": "Started {waited} ago; earlier starts took about {usual}.",
+        "zh": "已用时 {waited}；此前启动约需 {usual}。",
+    },
+    "load.usual_first": {
+        "en": "Started {waited} ago; an earlier first start took about {usual}. Later starts are quicker.",
+        "zh": "已用时 {waited}；此前首次启动约需 {usual}，以后启动会更快。",
+    },
+    "load.sleeps": {
+        "en": "This Space sleeps when nobody uses it, and is now starting again.",
+        "zh": "本 Space 无人使用时会休眠，现在正在重新启动。",
+    },
     "load.hint": {
         "en": "You can already write your question; sending opens when the model is ready.",
         "zh": "您可以先写好问题，模型就绪后即可发送。",
@@ -69,6 +82,20 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "en": "An unexpected error ({kind}) stopped the loading. The terminal shows the details; please report them to the maintainers.",
         "zh": "加载时发生意外错误（{kind}）。详细信息见终端，请反馈给维护者。",
     },
+    # -- the server went away (server.js) --------------------------------------------------------------------------
+    "server.away": {
+        "en": "The server cannot be reached. It may be restarting or asleep; this page keeps looking for it. Not answered for {waited} s.",
+        "zh": "无法连接服务器，可能正在重启或休眠；本页会继续尝试连接。已等待 {waited} 秒。",
+    },
+    "server.starting": {
+        "en": "The server is starting again. Waiting for {waited} s.",
+        "zh": "服务器正在重新启动。已等待 {waited} 秒。",
+    },
+    "server.again": {
+        "en": "The server is back, but has forgotten this page. Reload to go on; copy what you have typed first.",
+        "zh": "服务器已恢复，但不再记得此页面。请刷新后继续；刷新前请先复制已输入的内容。",
+    },
+    "server.reload": {"en": "Reload the page", "zh": "刷新页面"},
     # -- chat ----------------------------------------------------------------------------------------------------
     "chat.label": {"en": "Conversation", "zh": "对话记录"},
     "chat.welcome": {"en": "What would you like to understand?", "zh": "想了解哪方面的医学问题？"},
@@ -99,6 +126,10 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "status.failed": {"en": "Model not loaded", "zh": "模型未加载"},
     "status.queued": {"en": "Waiting for a turn · {n} before you", "zh": "排队中 · 前面还有 {n} 个请求"},
     "status.reading": {"en": "Reading your question · {seconds} s", "zh": "正在阅读问题 · {seconds} 秒"},
+    "status.borrowing": {
+        "en": "Waiting for a GPU, then reading your question · {seconds} s",
+        "zh": "正在等待 GPU，随后阅读问题 · {seconds} 秒",
+    },
     "status.writing": {"en": "Writing", "zh": "正在回答"},
     "status.done": {"en": "Finished", "zh": "回答完毕"},
     "status.stopped": {"en": "Stopped", "zh": "已停止"},
