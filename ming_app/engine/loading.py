@@ -69,7 +69,9 @@ def load_engine(settings: Settings, progress: ProgressCallback | None = None) ->
 def choose_backend(settings: Settings, model: Model) -> tuple[str, str, str]:
     """(backend, precision, device) for this machine and these settings. Raises UsageError for a contradiction."""
     precision, device = settings.precision, settings.device
-    has_cuda = settings.zerogpu or _has_cuda()  # on ZeroGPU the workers have one; this process only places the model on it
+    has_cuda = (
+        settings.zerogpu or _has_cuda()
+    )  # on ZeroGPU the workers have one; this process only places the model on it
     if device == "cuda" and not has_cuda:
         raise UsageError(
             "Device cuda was asked for, but torch sees no GPU here. Use device auto or cpu.",
@@ -82,7 +84,9 @@ def choose_backend(settings: Settings, model: Model) -> tuple[str, str, str]:
     if backend == "auto":
         backend = "torch" if precision in TORCH_PRECISIONS or device == "cuda" else "cpu"
     if precision == "auto":
-        precision = model.cpu_precision if backend == "cpu" else ("bf16" if device == "cpu" or settings.zerogpu else "nf4")
+        precision = (
+            model.cpu_precision if backend == "cpu" else ("bf16" if device == "cpu" or settings.zerogpu else "nf4")
+        )
     allowed = CPU_PRECISIONS if backend == "cpu" else TORCH_PRECISIONS
     if precision not in allowed:
         raise UsageError(

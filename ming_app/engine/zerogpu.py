@@ -47,7 +47,9 @@ class ZeroEngine(Engine):
             engine.backend.fixed_steps = False  # recorded once per worker, they would cost more than they save
         # one that no thread of this process has ever served: locks are free and threads absent where it wakes up
         asleep = Engine(engine.backend, engine.tokenizer, engine.info, engine.adapter, slots=1)
-        stop = self._stop = mmap.mmap(-1, LANES)  # shared with the workers; a byte for each request: its end is asked for
+        stop = self._stop = mmap.mmap(
+            -1, LANES
+        )  # shared with the workers; a byte for each request: its end is asked for
         self._lanes = list(range(LANES))
         self._counts = threading.Lock()
         self._open = self._begun = 0
@@ -67,9 +69,9 @@ class ZeroEngine(Engine):
         prompt = len(self.tokenizer.build(messages, limit, params.max_new_tokens).ids)
         self.changes(params.interventions, params.router_bias)
         seconds = seconds_for(prompt, min(params.max_new_tokens, limit - prompt))
-        return self._events(list(messages), params, prompt, seconds, cancel or threading.Event())
+        return self._answer(list(messages), params, prompt, seconds, cancel or threading.Event())
 
-    def _events(
+    def _answer(
         self, messages: list[Message], params: SamplingParams, prompt: int, seconds: int, cancel: threading.Event
     ) -> Iterator[Event]:
         begin, patience = time.monotonic(), params.deadline
@@ -100,7 +102,9 @@ class ZeroEngine(Engine):
     def read_there(self, reading: str, trace: RouterTrace, *arguments: Any, cancel: threading.Event | None) -> Any:
         """`inspection.inspect` or `contrast` (`reading`) of the trace in a worker."""
         arguments = (reading, trace, *arguments)
-        for result in list(self._call(seconds_for(2 * len(trace.tokens), 0), "read", arguments, cancel or threading.Event())):
+        for result in list(
+            self._call(seconds_for(2 * len(trace.tokens), 0), "read", arguments, cancel or threading.Event())
+        ):
             return result
         raise StoppedError("Stopped before the reading was done.", "已停止，读取尚未完成。")
 

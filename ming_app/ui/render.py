@@ -220,7 +220,11 @@ def browser_words(lang: str) -> str:
         "branch_back": t(lang, "talk.branch_back"),
         "branch_on": t(lang, "talk.branch_on"),
         "forgotten": t(lang, "exam.data_forgotten"),
-        "gone": {key: t(lang, f"server.{key}") for key in ("away", "starting", "again", "reload")},
+        "gone": {
+            "away": t(lang, "server.away"),
+            "starting": t(lang, "server.starting"),
+            "waited": t(lang, "server.waited", waited="{waited}"),
+        },
         "sure": {key: t(lang, f"exam.sure_{key}") for key in ("chat", "discard", "remove")},
     }
     count = t(lang, "chat.counter", n="{n}", limit=MAX_CHARS)

@@ -44,7 +44,7 @@ class Starts:
     def add(self, seconds: float, first: bool) -> None:
         """Notes a start."""
         table, key = self._read(), self._key(first)
-        known = [*table.pop(key, []), round(seconds, 1)][-KEPT:]
+        known = [*table.pop(key, []), max(round(seconds, 1), 0.1)][-KEPT:]
         table = {**dict(list(table.items())[-KINDS + 1 :]), key: known}
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)

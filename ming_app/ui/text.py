@@ -84,18 +84,15 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     },
     # -- the server went away (server.js) --------------------------------------------------------------------------
     "server.away": {
-        "en": "The server cannot be reached. It may be restarting or asleep; this page keeps looking for it. Not answered for {waited} s.",
-        "zh": "无法连接服务器，可能正在重启或休眠；本页会继续尝试连接。已等待 {waited} 秒。",
+        "en": "The server cannot be reached: it is restarting, asleep, or your connection is down. This page keeps trying and "
+        "reloads when the server is back; the question in the box is kept.",
+        "zh": "无法连接服务器：可能正在重启、休眠，或您的网络已断开。本页会持续尝试，服务器恢复后自动刷新；输入框中的问题会保留。",
     },
     "server.starting": {
-        "en": "The server is starting again. Waiting for {waited} s.",
-        "zh": "服务器正在重新启动。已等待 {waited} 秒。",
+        "en": "The server is starting. This page reloads when it is ready; the question in the box is kept.",
+        "zh": "服务器正在启动。就绪后本页自动刷新；输入框中的问题会保留。",
     },
-    "server.again": {
-        "en": "The server is back, but has forgotten this page. Reload to go on; copy what you have typed first.",
-        "zh": "服务器已恢复，但不再记得此页面。请刷新后继续；刷新前请先复制已输入的内容。",
-    },
-    "server.reload": {"en": "Reload the page", "zh": "刷新页面"},
+    "server.waited": {"en": "{waited} s", "zh": "{waited} 秒"},
     # -- chat ----------------------------------------------------------------------------------------------------
     "chat.label": {"en": "Conversation", "zh": "对话记录"},
     "chat.welcome": {"en": "What would you like to understand?", "zh": "想了解哪方面的医学问题？"},
