@@ -259,7 +259,7 @@ def test_two_visitors_at_once_get_their_own_answers_on_their_own_quota(plain: En
         assert said[name] == "".join(event.text for event in alone if isinstance(event, Token))
 
 
-def test_what_a_worker_keeps_is_lost(zero: ZeroEngine) -> None:
+def test_what_a_worker_keeps_is_lost_with_it(zero: ZeroEngine) -> None:
     for _ in range(2):
         first, *_ = zero.stream(ASK, GREEDY)
         assert isinstance(first, Start) and first.reused_tokens == 0
@@ -319,6 +319,32 @@ def test_settings_and_choices_on_a_zerogpu_space(monkeypatch: pytest.MonkeyPatch
     assert loading.choose_backend(settings, model) == ("torch", "bf16", "cuda")
     assert loading.choose_backend(settings.with_(precision="nf4"), model) == ("torch", "nf4", "cuda")
     assert loading.choose_backend(settings.with_(backend="cpu"), model)[0] == "cpu"
+
+
+def test_loading_on_zerogpu_gives_an_engine_of_workers(
+    plain: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way from the settings, with the stand-in in place of `spaces` and the CPU in place of its GPU."""
+    from ming_app.models import load
+
+    base = plain.adapter.parent / "base"  # type: ignore[union-attr]
+    spaces, really = Spaces(), load.load_torch_model
+    monkeypatch.setitem(sys.modules, "spaces", spaces)
+    placed: list[tuple[str, str]] = []
+
+    def place(local: Any, adapter: Any, precision: str, device: str, progress: Any) -> Any:
+        placed.append((precision, device))
+        return really(local, adapter, "float32", "cpu", progress)
+
+    monkeypatch.setattr(load, "load_torch_model", place)
+    settings = Settings(model=str(base), adapter=str(plain.adapter), cache_dir=tmp_path, context=512, zerogpu=True)
+    made = Engine.load(settings)
+    assert placed == [("bf16", "cuda")] and isinstance(made, ZeroEngine)
+    *_, finish = made.stream(ASK, GREEDY)
+    assert finish.new_tokens and len(spaces.workers) == 1
+    monkeypatch.setitem(sys.modules, "spaces", None)
+    with pytest.raises(UsageError, match="spaces"):
+        Engine.load(settings)
 
 
 def test_spaces_is_imported_before_torch(tmp_path: Path) -> None:
