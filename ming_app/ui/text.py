@@ -65,8 +65,8 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "zh": "已用时 {waited}；此前启动约需 {usual}。",
     },
     "load.usual_first": {
-        "en": "Started {waited} ago; an earlier first start took about {usual}. Later starts are quicker.",
-        "zh": "已用时 {waited}；此前首次启动约需 {usual}，以后启动会更快。",
+        "en": "Started {waited} ago; an earlier first start took about {usual}.",
+        "zh": "已用时 {waited}；此前首次启动约需 {usual}。",
     },
     "load.sleeps": {
         "en": "This Space sleeps when nobody uses it, and is now starting again.",
