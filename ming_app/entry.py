@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None, *, serve: Callable[[Settings], int] 
 
 
 def _serve(settings: Settings) -> int:
+    if settings.zerogpu:  # it must be there before torch
+        from ming_app.engine.zerogpu import import_spaces
+
+        import_spaces()
     from ming_app.ui.launch import serve
 
     return serve(settings)

@@ -6,6 +6,9 @@ Everything else that escapes is a bug and may show a traceback.
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 LANGS = ("en", "zh")
 
 
@@ -18,6 +21,9 @@ class MingError(Exception):
         super().__init__(en)
         self.en = en
         self.zh = zh
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (type(self), self.en), self.__dict__  # type: ignore[attr-defined]  # whatever its __init__
 
     def message(self, lang: str) -> str:
         """The text in `lang` ("zh" or "en"; anything else reads as English)."""
@@ -92,6 +98,10 @@ class BusyError(MingError):
             "The server is being stopped and takes no new requests. Please try again in a moment.",
             "服务器正在停止，不再受理新请求。请稍后再试。",
         )
+
+
+class QuotaError(MingError):
+    """The GPU time that a visitor may use is used up; the message says until when."""
 
 
 class TraceError(MingError):

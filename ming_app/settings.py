@@ -46,6 +46,7 @@ def default_data_dir() -> Path:
     return root / "ming-app"
 
 
+TRUE = ("1", "t", "true")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -85,6 +86,8 @@ class Settings:
     """Id of the Hugging Face Space this runs on, as the Space says itself; empty elsewhere."""
     sign_in: str = ""
     """The Space's sign-in (its OAuth client id), where its README has `hf_oauth: true`."""
+    zerogpu: bool = False
+    """Whether this is a ZeroGPU Space, as the Space says itself (SPACES_ZERO_GPU): see engine/zerogpu.py."""
     streams: int = 8
     """Answers that are written at the same time; more wait."""
     kv_tokens: int = 0
@@ -142,6 +145,8 @@ class Settings:
         if env.get("SPACE_ID"):  # a Hugging Face Space is reached from outside, on this port
             own = {"space": env["SPACE_ID"], "sign_in": env.get("OAUTH_CLIENT_ID", "")}
             values = {"host": "0.0.0.0", "port": 7860, **own, **values}
+        if env.get("SPACES_ZERO_GPU", "").lower() in TRUE:
+            values = {"zerogpu": True, **values}
         values.update({k: v for k, v in (overrides or {}).items() if v is not None})
         return cls(**values)
 
@@ -168,6 +173,8 @@ class Settings:
 def _parse(name: str, kind: str, text: str) -> Any:
     if kind == "Path":
         return Path(text).expanduser()
+    if kind == "bool":
+        return text.lower() in TRUE
     if kind != "int":
         return text
     try:

@@ -59,6 +59,10 @@ def inspect(
     Raises TraceError when the tokens are not the engine's, PromptTooLongError, UsageError as `Engine.stream`, and
     StoppedError.
     """
+    there = getattr(engine, "read_there", None)  # the model is in another process: so is the reading (zerogpu.py)
+    if there is not None:
+        result: RouterTrace = there("inspect", trace, tuple(interventions), others, cancel=cancel)
+        return result
     ids = _ids(engine, trace)
     changes = engine.changes(interventions)
     collected = _Collector(engine, trace, interventions, others)
@@ -96,6 +100,10 @@ def contrast(
     cancel: threading.Event | None = None,
 ) -> Contrast:
     """Reads the tokens plain and changed, side by side. Raises as `inspect`."""
+    there = getattr(engine, "read_there", None)
+    if there is not None:
+        result: Contrast = there("contrast", trace, tuple(interventions), others, cancel=cancel)
+        return result
     ids = _ids(engine, trace)
     pair = [engine.changes(()), engine.changes(interventions)]
     plain, changed = _Collector(engine, trace, (), others), _Collector(engine, trace, interventions, others)

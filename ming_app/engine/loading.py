@@ -51,7 +51,7 @@ def load_engine(settings: Settings, progress: ProgressCallback | None = None) ->
 
         model_ready = load_torch_model(local, adapter, precision, device, progress)
         backend = TorchBackend(model_ready, settings.context, settings.threads)
-    return Engine(
+    engine = Engine(
         backend,
         ChatTokenizer.from_folder(local.home),
         _info(local, adapter, backend),
@@ -61,24 +61,34 @@ def load_engine(settings: Settings, progress: ProgressCallback | None = None) ->
         max_waiting=settings.max_queue,
         per_visitor=settings.per_visitor,
     )
+    if settings.zerogpu and device == "cuda":
+        from ming_app.engine.zerogpu import ZeroEngine, import_spaces
+
+        return ZeroEngine(engine, import_spaces().GPU)
+    return engine
 
 
 def choose_backend(settings: Settings, model: Model) -> tuple[str, str, str]:
     """(backend, precision, device) for this machine and these settings. Raises UsageError for a contradiction."""
     precision, device = settings.precision, settings.device
-    if device == "cuda" and not _has_cuda():
+    has_cuda = (
+        settings.zerogpu or _has_cuda()
+    )  # on ZeroGPU the workers have one; this process only places the model on it
+    if device == "cuda" and not has_cuda:
         raise UsageError(
             "Device cuda was asked for, but torch sees no GPU here. Use device auto or cpu.",
             "指定了 cuda 设备，但 torch 未检测到 GPU。请改用 auto 或 cpu。",
         )
     if device == "auto":
         wants_cpu = settings.backend == "cpu" or precision in CPU_PRECISIONS
-        device = "cpu" if wants_cpu or not _has_cuda() else "cuda"
+        device = "cpu" if wants_cpu or not has_cuda else "cuda"
     backend = settings.backend
     if backend == "auto":
         backend = "torch" if precision in TORCH_PRECISIONS or device == "cuda" else "cpu"
     if precision == "auto":
-        precision = model.cpu_precision if backend == "cpu" else ("bf16" if device == "cpu" else "nf4")
+        precision = (
+            model.cpu_precision if backend == "cpu" else ("bf16" if device == "cpu" or settings.zerogpu else "nf4")
+        )
     allowed = CPU_PRECISIONS if backend == "cpu" else TORCH_PRECISIONS
     if precision not in allowed:
         raise UsageError(

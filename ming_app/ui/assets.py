@@ -19,5 +19,5 @@ def read(name: str) -> str:
 def head() -> str:
     """HTML for <head>: our style sheets and the page's scripts, inline so that they are there before the first paint."""
     styles = "\n".join([panel.style(), read("page.css"), read("exam.css"), read("talks.css"), case_view.STYLE])
-    scripts = "\n".join([read("page.js"), read("keep.js")])
+    scripts = "\n".join([read("server.js"), read("page.js"), read("keep.js")])
     return f"<style>\n{styles}\n</style>\n<script>\n{scripts}\n</script>"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextvars import copy_context
 from typing import Any, Protocol
 
 from ming_app.engine.types import EngineInfo, Event, Finish, Message, SamplingParams
@@ -36,7 +37,8 @@ class Pump:
         self._engine, self._messages, self._params = engine, list(messages), params
         self._queue: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="engine-stream", daemon=True)
+        context = copy_context()  # Gradio's: whose request it is, which ZeroGPU asks
+        self._thread = threading.Thread(target=context.run, args=(self._run,), name="engine-stream", daemon=True)
         self._thread.start()
 
     def events(self, patience: float) -> Iterator[Event | None]:

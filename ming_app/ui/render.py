@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from html import escape
 
@@ -102,7 +103,8 @@ def status(session: Session, info: EngineInfo | None) -> str:
     kind = {"status.error": "m-bad", "status.failed": "m-bad"}.get(
         note.key, "m-on" if session.run is not None or note.key == "status.queued" else ""
     )
-    said = escape(t(lang, note.key, **note.values))
+    borrowed = info is not None and info.device == "ZeroGPU" and note.key == "status.reading"
+    said = escape(t(lang, "status.borrowing" if borrowed else note.key, **note.values))
     spoken = "" if note.key == "status.reading" else said  # a count of seconds would be read out every second
     shown = f'<span class="m-dot"></span><span aria-hidden="true">{said}</span><span class="sr-only" role="status">{spoken}</span>'
     return f'<div class="m-status {kind}">{shown}{_figures(lang, session.meter)}{_context(lang, session.meter, info)}</div>'
@@ -159,7 +161,22 @@ def loading(lang: str, state: LoadState) -> str:
         why = state.error.message(lang) if isinstance(state.error, MingError) else ""
         why = why if known else t(lang, "load.unexpected", kind=type(state.error).__name__)
         return f'<div class="m-notice m-bad" role="alert"><b>{escape(t(lang, "load.failed"))}</b> {escape(why)}</div>'
-    return f'<div class="m-load" role="status" aria-live="off">{_progress(lang, state.progress)}<p>{escape(t(lang, "load.hint"))}</p></div>'
+    lines = [*_expected(lang, state), t(lang, "load.hint")]
+    told = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    return f'<div class="m-load" role="status" aria-live="off">{_progress(lang, state.progress)}{told}</div>'
+
+
+def _expected(lang: str, state: LoadState) -> list[str]:
+    """How long the start has taken, what it took before, and why a Space starts at all."""
+    lines = []
+    if state.began is not None:
+        waited = duration_text(lang, time.monotonic() - state.began)
+        usual = duration_text(lang, state.usual) if state.usual is not None else ""
+        key = "load.usual_first" if state.first else "load.usual"
+        lines.append(t(lang, key, waited=waited, usual=usual) if usual else t(lang, "load.waited", waited=waited))
+    if state.sleeps:
+        lines.append(t(lang, "load.sleeps"))
+    return lines
 
 
 def _progress(lang: str, progress: Progress | None) -> str:
@@ -204,6 +221,11 @@ def browser_words(lang: str) -> str:
         "branch_back": t(lang, "talk.branch_back"),
         "branch_on": t(lang, "talk.branch_on"),
         "forgotten": t(lang, "exam.data_forgotten"),
+        "gone": {
+            "away": t(lang, "server.away"),
+            "starting": t(lang, "server.starting"),
+            "waited": t(lang, "server.waited", waited="{waited}"),
+        },
         "sure": {key: t(lang, f"exam.sure_{key}") for key in ("chat", "discard", "remove")},
     }
     count = t(lang, "chat.counter", n="{n}", limit=MAX_CHARS)

@@ -59,6 +59,19 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "load.load": {"en": "Loading the model", "zh": "正在加载模型"},
     "load.measure": {"en": "Measuring", "zh": "正在评测"},
     "load.left": {"en": "{time} left", "zh": "剩余约 {time}"},
+    "load.waited": {"en": "Started {waited} ago.", "zh": "已用时 {waited}。"},
+    "load.usual": {
+        "en": "Started {waited} ago; earlier starts took about {usual}.",
+        "zh": "已用时 {waited}；此前启动约需 {usual}。",
+    },
+    "load.usual_first": {
+        "en": "Started {waited} ago; an earlier first start took about {usual}.",
+        "zh": "已用时 {waited}；此前首次启动约需 {usual}。",
+    },
+    "load.sleeps": {
+        "en": "This Space sleeps when nobody uses it, and is now starting again.",
+        "zh": "本 Space 无人使用时会休眠，现在正在重新启动。",
+    },
     "load.hint": {
         "en": "You can already write your question; sending opens when the model is ready.",
         "zh": "您可以先写好问题，模型就绪后即可发送。",
@@ -69,6 +82,17 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "en": "An unexpected error ({kind}) stopped the loading. The terminal shows the details; please report them to the maintainers.",
         "zh": "加载时发生意外错误（{kind}）。详细信息见终端，请反馈给维护者。",
     },
+    # -- the server went away (server.js) --------------------------------------------------------------------------
+    "server.away": {
+        "en": "The server cannot be reached: it is restarting, asleep, or your connection is down. This page keeps trying and "
+        "reloads when the server is back; the question in the box is kept.",
+        "zh": "无法连接服务器：可能正在重启、休眠，或您的网络已断开。本页会持续尝试，服务器恢复后自动刷新；输入框中的问题会保留。",
+    },
+    "server.starting": {
+        "en": "The server is starting. This page reloads when it is ready; the question in the box is kept.",
+        "zh": "服务器正在启动。就绪后本页自动刷新；输入框中的问题会保留。",
+    },
+    "server.waited": {"en": "{waited} s", "zh": "{waited} 秒"},
     # -- chat ----------------------------------------------------------------------------------------------------
     "chat.label": {"en": "Conversation", "zh": "对话记录"},
     "chat.welcome": {"en": "What would you like to understand?", "zh": "想了解哪方面的医学问题？"},
@@ -103,6 +127,10 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "zh": "排队中 · 前面还有 {n} 个请求 · 约 {seconds} 秒",
     },
     "status.reading": {"en": "Reading your question · {seconds} s", "zh": "正在阅读问题 · {seconds} 秒"},
+    "status.borrowing": {
+        "en": "Waiting for a GPU, then reading your question · {seconds} s",
+        "zh": "正在等待 GPU，随后阅读问题 · {seconds} 秒",
+    },
     "status.writing": {"en": "Writing", "zh": "正在回答"},
     "status.done": {"en": "Finished", "zh": "回答完毕"},
     "status.stopped": {"en": "Stopped", "zh": "已停止"},

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from gradio.context import LocalContext
 
 from ming_app.settings import Settings
 from ming_app.ui.launch import launch, spare_loopback
@@ -110,6 +111,20 @@ def test_streaming_sends_what_is_new(served, monkeypatch: pytest.MonkeyPatch) ->
     assert len(later) >= 10 and set(operations) <= {"add", "append", "replace", "delete"}
     whole = len(json.dumps(messages[-1]["output"]["data"]))
     assert sum(len(json.dumps(data)) for data in later) < 0.2 * whole * len(later)
+
+
+def test_the_engine_is_asked_in_the_visitors_name(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeroGPU reads from Gradio's context whose quota a request takes, in whatever thread it is made."""
+    blocks, url, engine = served
+    seen: list[str] = []
+    monkeypatch.setattr(
+        engine, "script", lambda messages: seen.append(LocalContext.request.get().headers["x-ip-token"]) or "Well."
+    )
+    client = PageClient(blocks, url)
+    client.http.headers["x-ip-token"] = "somebody"
+    client.call("ask", None, "question")
+    client.call("answer", None, 0.7, 64, 0.9, 40, 0, 1.05, -1)
+    assert seen == ["somebody"]
 
 
 def test_visitors_do_not_see_each_other(served) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ming_app.conversation.tree import Turn
@@ -54,6 +56,10 @@ def test_status_line() -> None:
     session = Session(lang="zh", run=Run(), status=Note("status.writing"), meter=Meter(100, 28, 12.345, 0.81))
     made = render.status(session, info)
     assert "正在回答" in made and "12.3" in made and "0.8" in made and "128 / 4096" in made and "m-on" in made
+    borrowing = render.status(
+        Session(status=Note("status.reading", {"seconds": 3}), run=Run()), replace(info, device="ZeroGPU")
+    )
+    assert "Waiting for a GPU" in borrowing and "3 s" in borrowing
     reading = render.status(Session(status=Note("status.reading", {"seconds": 3}), run=Run()), info)
     assert 'role="status"></span>' in reading  # the seconds are shown, but not read out
 

@@ -168,14 +168,13 @@ class TorchBackend:
         self.vocab_size = int(config["vocab_size"])
         self.max_context = min(max_context, int(config.get("max_position_embeddings") or max_context))
         injected = loaded.injected
-        sampling = injected is not None and injected.config.expert_selection == "sampling"
-        self.fixed_steps = loaded.device.type == "cuda" and not sampling
+        self._sampling = injected is not None and injected.config.expert_selection == "sampling"
+        self.fixed_steps = loaded.device.type == "cuda" and not self._sampling
         """whether steps of one token per row run on fixed shapes"""
         self.num_experts = injected.config.num_experts if injected else 0
         self.top_k = injected.config.top_k if injected else 0
         if injected:
             injected.state.capture = True
-            injected.state.generator = torch.Generator(loaded.device)
 
     def new_cache(self, batch: int, capacity: int, tokens: int | None = None) -> TorchCache:
         """See `Backend.new_cache`."""
@@ -224,9 +223,8 @@ class TorchBackend:
         if bias is not None and injected:
             inputs["bias"] = np.asarray(bias, np.float32)
         if injected:
-            beginning = not cache.lengths[taking].any()
-            if injected.state.generator and beginning:  # a request draws its experts alike each time
-                injected.state.generator.manual_seed(0)
+            if self._sampling and not cache.lengths[taking].any():  # a request draws its experts alike each time
+                injected.state.generator = torch.Generator(device).manual_seed(0)
             injected.state.gates = None if gates is None else _gate_tensors(gates, device)
             injected.state.measure = measure
         pads = counts.max() - counts
