@@ -45,7 +45,7 @@ def spaces() -> Iterator[Spaces]:
     made = Spaces()
     yield made
     for worker in made.workers:
-        worker.join(10)
+        worker.join(30)
         assert not worker.is_alive()
 
 
