@@ -159,7 +159,7 @@ class Settings:
 
 def _parse(name: str, kind: str, text: str) -> Any:
     if kind == "Path":
-        return Path(text).expanduser()
+        return Path(os.path.expanduser(text))
     if kind != "int":
         return text
     try:
