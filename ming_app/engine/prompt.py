@@ -7,7 +7,6 @@ with every added token taken out). The context budget keeps the system turn and 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from tokenizers.decoders import DecodeStream
 
 from ming_app.engine.types import Message
 from ming_app.errors import PromptTooLongError, UsageError, WeightsError
+from ming_app.reading import read_bounded, whole_text
 
 ROLES = ("system", "user", "assistant")
 DEFAULT_SYSTEM = "You are a helpful assistant."
 MIN_ANSWER_TOKENS = 64
 MAX_TOKENIZER_BYTES = 128 << 20
-_SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters that JSON can carry and UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,14 @@ class ChatTokenizer:
         """The tokenizer in a model's home folder. Raises WeightsError."""
         path = home / "tokenizer.json"
         try:
-            if path.stat().st_size > MAX_TOKENIZER_BYTES:
-                raise WeightsError("tokenizer.json is too large.", "tokenizer.json 过大。")
-            return cls(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bounded(path, MAX_TOKENIZER_BYTES).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise WeightsError(f"{path} cannot be read: {error}.", f"无法读取 {path}：{error}。") from error
+        return cls(text)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of text that a person wrote (lone surrogates become U+FFFD). Never contains a control id."""
-        ids = self._plain.encode(_SURROGATES.sub("\ufffd", text), add_special_tokens=False).ids
+        ids = self._plain.encode(whole_text(text), add_special_tokens=False).ids
         forged = self._control_ids.intersection(ids)
         if forged:  # a vocabulary that lists control tokens among its merges: refuse rather than forge
             raise UsageError(

@@ -33,6 +33,7 @@ import numpy as np
 from ming_app.errors import TraceError
 from ming_app.molora.config import MAX_EXPERTS
 from ming_app.molora.trace import ROLES, RouterTrace, Segment, TraceToken, bad_trace
+from ming_app.reading import TooLargeError, read_bounded
 
 SCHEMA = 2
 READABLE = (1, 2)
@@ -94,9 +95,9 @@ def read_trace(path: str | os.PathLike[str]) -> RouterTrace:
     """Reads a file of `write_trace`. Raises TraceError for anything damaged, hostile, too large or of another version."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise bad_trace(f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MiB")
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_FILE_BYTES, named=True)
+    except TooLargeError as error:
+        raise bad_trace(f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MiB") from error
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}.", f"无法读取 {path}：{error.strerror}。") from error
     try:
@@ -213,10 +214,12 @@ def _read_json(data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
     body = json.loads(data.decode())
     if not isinstance(body, dict) or "experts" not in body:
         raise bad_trace("the file is not a router trace")
-    experts = np.asarray(body.pop("experts"))
+    experts = np.asarray(
+        body.pop("experts"), np.float64
+    )  # of its own accord numpy gives every cell the longest text's width
     if experts.size > MAX_CELLS or experts.ndim != 4:
         raise bad_trace("experts must be a [T, L, P, k] list")
-    if experts.size and (experts.dtype.kind not in "iu" or experts.min() < 0 or experts.max() >= MAX_EXPERTS):
+    if experts.size and (experts.min() < 0 or experts.max() >= MAX_EXPERTS or (experts % 1).any()):
         raise bad_trace("expert ids must be small whole numbers")
     arrays = {"experts": experts.astype(np.uint8)}
     for name, dtype in ({"weights": np.float16} | MEASURED).items():
