@@ -141,23 +141,29 @@ class ChatTokenizer:
         head = self.opening_ids() + self.turn_ids(system)
         continued = turns[-1].role == "assistant"
         tail = [] if continued else self.turn_ids(Message("assistant", ""), closed=False)
-        blocks = [self.turn_ids(m, closed=not (continued and m is turns[-1])) for m in turns]
         newest = 2 if continued and len(turns) > 1 else 1
         reserve = max(min(max_new_tokens, context_limit // 4), min(MIN_ANSWER_TOKENS, max_new_tokens))
         limit = context_limit - reserve - len(head) - len(tail)
-        needed = sum(len(block) for block in blocks[-newest:])
+        blocks = [self.turn_ids(m, closed=not (continued and m is turns[-1])) for m in turns[-newest:]]
+        needed = sum(len(block) for block in blocks)
         if needed > limit:
             raise PromptTooLongError(
                 f"This message has {needed} tokens; at most {max(limit, 0)} fit beside the system prompt and room for an "
                 "answer. Please shorten it or split it.",
                 f"这条消息有 {needed} 个词元；除去系统提示和回答所需的空间，最多可容纳 {max(limit, 0)} 个。请缩短或拆分后再发送。",
             )
-        first = 0
-        while sum(len(block) for block in blocks[first:]) > limit:
-            first += 1
+        first = len(turns) - newest
+        while first:  # from the newest back, so that a conversation of any length costs no more than what fits
+            block = self.turn_ids(turns[first - 1])
+            needed += len(block)
+            if needed > limit:
+                break
+            blocks.insert(0, block)
+            first -= 1
         while first < len(turns) - newest and turns[first].role == "assistant":
             first += 1  # an answer without its question would mislead
-        kept = [token for block in blocks[first:] for token in block]
+            del blocks[0]
+        kept = [token for block in blocks for token in block]
         return Prompt(head + kept + tail, first)
 
 
