@@ -77,6 +77,9 @@ class Settings:
     """Context limit in tokens (prompt + answer), capped by the model's own."""
     host: str = "127.0.0.1"
     port: int = 7860
+    hosts: str = ""
+    """Further names, separated by commas, by which a page that listens on this machine only may be asked for: a proxy in
+    front of it may keep the name it is reached by."""
     lang: str = ""
     """Language of messages on the command line: "zh" or "en"; empty follows the locale."""
     region: str = "auto"
