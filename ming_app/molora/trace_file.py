@@ -227,5 +227,6 @@ def _read_json(data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
             array = np.asarray(body.pop(name), dtype=np.float64)
             if array.size > MAX_CELLS:
                 raise bad_trace(f"{name} is too large")
-            arrays[name] = array.astype(dtype)
+            with np.errstate(over="ignore"):  # what becomes infinite is refused with the rest
+                arrays[name] = array.astype(dtype)
     return body, arrays
