@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ming_app import __version__
 from ming_app.console import Console, use_utf8
 from ming_app.errors import MingError, UsageError
+from ming_app.reading import whole_text
 from ming_app.settings import BACKENDS, PRECISIONS, REGIONS, Settings
 from ming_app.ui.text import t as page_text
 
@@ -367,7 +368,7 @@ def cmd_chat(args: argparse.Namespace, settings: Settings, console: Console, loa
             f"{info.title}, {info.precision}, {info.device}. {DISCLAIMER[0]}",
             f"{info.title}，{info.precision}，{info.device}。{DISCLAIMER[1]}",
         )
-        values = Repl(engine, console, params, args.system, settings.region).run()
+        values = Repl(engine, console, params, whole_text(args.system), settings.region).run()
     console.result(values)
     return 0
 
@@ -498,7 +499,7 @@ def _question(text: str) -> str:
 def _messages(system: str, text: str) -> list[Message]:
     from ming_app.engine.types import Message
 
-    return [*([Message("system", system)] if system else []), Message("user", text)]
+    return [*([Message("system", whole_text(system))] if system else []), Message("user", text)]
 
 
 def _sampling(args: argparse.Namespace, *, trace: bool) -> SamplingParams:

@@ -209,7 +209,7 @@ def _sort_out(rows: Iterator[Row], name: str, options: ReadOptions) -> tuple[lis
     rejected: list[Rejected] = []
     seen: dict[str, int] = {}
     groups = _Groups()
-    short = name.rpartition("/")[2].rpartition(".")[0] or name
+    short = (name.rpartition("/")[2].rpartition(".")[0] or name)[:80]
     for count, row in enumerate(rows):
         if count >= options.rows:
             if options.rows >= MAX_ROWS:
