@@ -111,7 +111,15 @@ def _shared_experts(model: Mapping[str, Any], raw: Mapping[str, np.ndarray], ran
             )
         return 0
     rows = shared[0].shape[0] if shared[0].ndim == 2 else 0
-    if not isinstance(rank, int) or rank < 1 or rows < 1 or rows % rank or (declared and declared * rank != rows):
+    counted = declared is None or isinstance(declared, int)
+    if (
+        not counted
+        or not isinstance(rank, int)
+        or rank < 1
+        or rows < 1
+        or rows % rank
+        or (declared and declared * rank != rows)
+    ):
         raise AdapterError(
             f"The shared experts have {rows} rank rows, which do not fit rank {rank} and num_share_experts {declared}.",
             f"共享专家的秩行数为 {rows}，与 rank={rank}、num_share_experts={declared} 不符。",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import struct
+import zipfile
+import zlib
 from typing import Any
 
 ODD: tuple[Any, ...] = (
@@ -34,6 +38,11 @@ def mutated(data: bytes, rnd: random.Random) -> bytes:
 
 
 def _once(data: bytes, rnd: random.Random) -> bytes:
+    if data[:2] == b"PK" and rnd.random() < 0.8:
+        with contextlib.suppress(
+            zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, zlib.error
+        ):
+            return _repacked(data, rnd)
     if rnd.random() < 0.8:
         try:
             return json.dumps(mutated_value(json.loads(data), rnd)).encode()
@@ -47,6 +56,18 @@ def _once(data: bytes, rnd: random.Random) -> bytes:
             except ValueError:
                 pass
     return _bytes(bytearray(data), rnd)
+
+
+def _repacked(data: bytes, rnd: random.Random) -> bytes:
+    """An archive with a change in one of its members, or in a name, and sums that are right again."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        members = {name: old.read(name) for name in old.namelist()}
+        victim = rnd.choice(sorted(members))
+        for name, body in members.items():
+            body = mutated(body, rnd) if name == victim else body
+            new.writestr(rnd.choice((name, name, name, f"../{name}", f"x{name}")) if name == victim else name, body)
+    return out.getvalue()
 
 
 def mutated_value(value: Any, rnd: random.Random) -> Any:

@@ -16,14 +16,13 @@ def test_every_threat_has_tests_that_exist() -> None:
     rows = list(ROW.finditer(text))
     assert len(rows) >= 30 and len(rows) == sum(line.startswith("| ") for line in text.splitlines()) - 1
     for row in rows:
-        named = re.findall(r"`([\w/.]+\.py)(?:::(\w+))?`", row["tests"])
+        named = re.findall(r"`([\w/.]+\.py)::(\w+)`", row["tests"])
         assert named and len(named) == row["tests"].count("`") // 2, row["threat"]
         for file, function in named:
             path = ROOT / "tests" / file
             assert path.is_file(), f"{row['threat']}: {file}"
             source = path.read_text(encoding="utf-8")
-            wanted = rf"{function}" if function else r"test_\w+"
-            assert re.search(rf"^(async )?def {wanted}\(", source, re.M), f"{row['threat']}: {file}::{function}"
+            assert re.search(rf"^(async )?def {function}\(", source, re.M), f"{row['threat']}: {file}::{function}"
 
 
 def test_every_test_of_this_folder_is_named() -> None:
