@@ -28,14 +28,18 @@ from ming_app.conversation.store import ConversationStore
 from ming_app.conversation.tree import Conversation, Turn
 from ming_app.engine.prompt import ChatTokenizer
 from ming_app.errors import MingError
-from ming_app.exam.bank import Shelf
+from ming_app.exam.bank import Bank, Shelf
+from ming_app.exam.desk import Desk
 from ming_app.exam.formats import WRITERS, read_bank, write_bank
 from ming_app.exam.progress_file import read_progress, write_progress
+from ming_app.exam.statistics import statistics
 from ming_app.exam.store import Store
 from ming_app.models.catalog import CATALOG_FILE, parse_catalog
 from ming_app.models.tensors import open_tensors
 from ming_app.molora.checkpoint import load_adapter, save_adapter
 from ming_app.molora.trace import RouterTrace, Segment
+from tests.exam.conftest import BANK, mixed
+from tests.exam.test_exam_store import filled
 from tests.models import tiny_gguf
 from tests.molora.test_checkpoint import BASE, random_adapter, write_official
 from tests.router.synthetic import even, trace_of
@@ -149,7 +153,7 @@ def cases(home: Path) -> dict[str, tuple[Files, Reader]]:
         "trace_json": ({"t.json": (home / "trace.json").read_bytes()}, read_traced),
         "conversations": ({"talks.json": to_json([talk, talk])}, read_talks),
         "conversations_of_a_browser": ({"rows.json": rows}, read_kept),
-        "progress": ({"p.json": progress()}, lambda f: read_progress(Store(":memory:"), (f / "p.json").read_bytes())),
+        "progress": ({"p.json": progress(home)}, read_back),
         "catalogue": ({"catalog.toml": CATALOG_FILE.read_bytes()}, lambda f: parse_catalog(f / "catalog.toml")),
         "texts_toml": ({"t.toml": prompts}, lambda f: read_texts(f / "t.toml")),
         "texts_lines": ({"t.jsonl": lines}, lambda f: read_texts(f / "t.jsonl")),
@@ -172,9 +176,20 @@ def save_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, path)
 
 
-def progress() -> bytes:
+def progress(home: Path) -> bytes:
+    shelf = Shelf(home / "banks", home / "none")
+    bank = shelf.add(BANK, mixed())
+    desk = Desk(Store(home / "progress.sqlite"), shelf)
+    desk._banks[BANK] = Bank(BANK, bank.titles, bank.questions)
+    return write_progress(filled(desk))
+
+
+def read_back(folder: Path) -> None:
+    """A file of progress, then statistics over it, and the file again."""
     store = Store(":memory:")
-    return write_progress(store)
+    read_progress(store, (folder / "p.json").read_bytes())
+    statistics(store, 0.0)
+    write_progress(store)
 
 
 def read_tokenizer(folder: Path) -> None:

@@ -245,3 +245,75 @@ def test_odd_questions_are_answered_and_kept(page: Page, text: str) -> None:
 def test_a_megabyte_is_refused_in_words(page: Page) -> None:
     found = page.send(page.client.ids["ask"], [None, "发烧" * 500_000], session="large")
     assert not found["success"] and "8000" in found["output"]["error"].replace(",", "")
+
+
+# -- script ------------------------------------------------------------------------------------------------------------
+
+SCRIPT = "</p></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'><svg onload=alert(1)>"
+OPENED = re.compile(r"<(script>alert|img src=x|svg onload)")
+
+
+class Visitor:
+    """One session of the page; keeps what every HTML and Markdown part was given."""
+
+    def __init__(self, page: Page, name: str):
+        self.page, self.name, self.shown = page, name, ""
+        self.handlers = {fn.fn.__qualname__: index for index, fn in page.blocks.fns.items() if fn.fn}
+
+    def do(self, handler: str, *data: object, event: object = None) -> None:
+        index = self.handlers[handler]
+        fn = self.page.blocks.fns[index]
+        values = [None if type(block).__name__ == "State" else getattr(block, "value", None) for block in fn.inputs]
+        values[1 : 1 + len(data)] = data
+        message = self.page.send(index, values, event, self.name)
+        assert message["success"], (handler, message)
+        for block, value in zip(fn.outputs, message["output"]["data"], strict=True):
+            if isinstance(block, gr.HTML | gr.Markdown):
+                value = value.get("value", "") if isinstance(value, dict) and "__type__" in value else value
+                self.shown += (
+                    value if isinstance(value, str) else ""
+                )  # a table of values is the browser's: see tests/browser
+
+    def talk(self, do: str, value: object, name: str = "") -> None:
+        self.do("Handlers.act", event={"value": json.dumps({"do": do, "id": name, "value": value})})
+
+    def upload(self, name: str, content: bytes) -> dict:
+        sent = self.page.http.post("gradio_api/upload", files={"files": (name, content)}).raise_for_status()
+        return {"path": sent.json()[0], "meta": {"_type": "gradio.FileData"}, "orig_name": name}
+
+
+def test_no_part_of_the_page_opens_a_tag_of_a_text(page: Page, tmp_path: Path) -> None:
+    from ming_app.molora.trace import Segment
+    from tests.router.synthetic import even, trace_of
+
+    fields = {name: f"{name} {SCRIPT}" for name in ("stem", "A", "B", "explanation", "reference", "source", "subject")}
+    rows = [{**fields, "id": SCRIPT, "answer": "A", "lang": "en"}, {"stem": SCRIPT, "A": "a", "answer": "Z"}]
+    trace_of([SCRIPT, "b", "c"], even(), segments=[Segment(0, SCRIPT, {"language": SCRIPT})]).save(tmp_path / "t.json")
+    visitor = Visitor(page, "script")
+    visitor.do("Handlers.arrive", "en", "auto", 0)
+    visitor.do("Handlers.restore", "", "")
+    visitor.do("Handlers.tell", "own", SCRIPT, SCRIPT)
+    visitor.do("Handlers.ask", SCRIPT + " I have crushing chest pain")
+    visitor.do("Handlers.answer")
+    visitor.do("Handlers.settle")
+    visitor.talk("search", SCRIPT)
+    visitor.do("BanksPane.open_file", visitor.upload("bank.jsonl", "\n".join(map(json.dumps, rows)).encode()))
+    visitor.do("BanksPane.keep_bank", SCRIPT)
+    bank = next(bank.name for bank in build_shelf(page).list() if not bank.ours)
+    visitor.do("ExamTab.choose_bank", bank)
+    visitor.do("ExamTab.practise", bank)
+    for do, value in (("note", SCRIPT), ("choose", "B"), ("submit", None), ("cause", "misread"), ("finish", None)):
+        visitor.do("ExamTab.act", event={"value": json.dumps({"do": do, "index": 0, "value": value})})
+    visitor.do("ExamTab.show_statistics")
+    visitor.do("ExplorerTab.open", visitor.upload("t.json", (tmp_path / "t.json").read_bytes()))
+    for view in ("load", "groups", "vocabulary", "together", "flow"):
+        visitor.do("ExplorerTab.redraw", view)
+    visitor.do("Handlers.reword", "zh")
+    assert "alert(1)" in visitor.shown and len(visitor.shown) > 5_000  # the texts are there
+    assert not OPENED.search(visitor.shown), OPENED.search(visitor.shown)
+
+
+def build_shelf(page: Page):  # noqa: ANN201
+    from ming_app.exam.bank import Shelf
+
+    return Shelf(page.data / "banks")
