@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
@@ -33,6 +34,15 @@ def read_bounded(path: Path, limit: int, *, named: bool = False) -> bytes:
             if len(data) > limit:
                 raise TooLargeError(f"it has more than {limit} bytes")
     return bytes(data)
+
+
+def bounded_json(data: str | bytes, most: int) -> Any:
+    """`json.loads` of a text with at most `most` lists and tables: "[]," are three bytes in a file and seventy in memory.
+    Raises ValueError, RecursionError."""
+    text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
+    if text.count("[") + text.count("{") > most:
+        raise ValueError(f"it holds more than {most} lists")
+    return json.loads(text.removeprefix("\ufeff"))
 
 
 def require_regular(path: Path) -> None:

@@ -33,13 +33,14 @@ import numpy as np
 from ming_app.errors import TraceError
 from ming_app.molora.config import MAX_EXPERTS
 from ming_app.molora.trace import ROLES, RouterTrace, Segment, TraceToken, bad_trace
-from ming_app.reading import TooLargeError, read_bounded
+from ming_app.reading import TooLargeError, bounded_json, read_bounded
 
 SCHEMA = 2
 READABLE = (1, 2)
 MAX_FILE_BYTES = 64 * 2**20
 MAX_TOKENS = 1 << 17
 MAX_CELLS = 1 << 26  # numbers in one array
+MAX_LISTS = 5_000_000  # in the JSON of a file
 MAX_OTHERS = 20
 MAX_LABELS = 20
 KIND = re.compile(r"[a-z][a-z0-9_]{0,29}")
@@ -197,7 +198,7 @@ def _read_npz(data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in members}
     header = arrays.pop("header").astype(np.uint8, casting="safe").tobytes().decode()
-    return json.loads(header), arrays
+    return bounded_json(header, MAX_LISTS), arrays
 
 
 def _check_npy_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
@@ -211,7 +212,7 @@ def _check_npy_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
 
 
 def _read_json(data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
-    body = json.loads(data.decode())
+    body = bounded_json(data.decode(), MAX_LISTS)
     if not isinstance(body, dict) or "experts" not in body:
         raise bad_trace("the file is not a router trace")
     experts = np.asarray(

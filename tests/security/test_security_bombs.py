@@ -21,7 +21,7 @@ from ming_app.molora.trace import RouterTrace
 from ming_app.reading import read_bounded
 
 ROOT = Path(__file__).parents[2]
-MOST = 400  # MiB that one bomb may cost; the bombs of this file would cost gigabytes
+MOST = 300  # MiB that one bomb may cost; the bombs of this file would cost gigabytes
 SECONDS = 10.0
 HEADER = {
     "format": "ming-router-trace",
@@ -64,10 +64,14 @@ def traces() -> dict[str, bytes]:
     huge = npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({1 << 40}, 1, 3, 1), }}")
     many = npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({80 << 20}, 1, 1, 1), }}", bytes(80 << 20))
     objects = npy("{'descr': '|O', 'fortran_order': False, 'shape': (1, 1, 3, 1), }", b"cos\nsystem\n(S'true'\ntR.")
+    empty = (json.dumps(HEADER)[:-1] + ', "more": [' + "[]," * (20 << 20) + "0]}").encode()
+    lists = npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({len(empty)},), }}", empty)
+    small_experts = npy("{'descr': '|u1', 'fortran_order': False, 'shape': (1, 1, 3, 1), }", bytes(3))
     made = {"huge": huge, "many": many, "objects": objects}
     return {
         "trace-wide.json": wide_json_trace(),
         "trace-deep.json": b"[" * 1_000_000,
+        "trace-lists.npz": packed({"header.npy": lists, "weights.npy": small, "experts.npy": small_experts}),
         **{
             f"trace-{name}.npz": packed({"header.npy": head, "weights.npy": small, "experts.npy": experts})
             for name, experts in made.items()
@@ -107,6 +111,8 @@ def bomb_files() -> dict[str, bytes]:
     return {
         **traces(),
         **banks(),
+        "talk-lists.json": b'{"ming_conversations": 1, "conversations": [' + b"[]," * (6 << 20) + b"0]}",
+        "bank-lists.json": b'[{"stem": [' + b"[]," * (6 << 20) + b"0]}]",
         "talk-deep.json": b'{"ming_conversations":' + b"[" * 1_000_000,
         "gguf-texts": gguf_bomb(),
         "tensors-lying": struct.pack("<Q", len(lying)) + lying,
