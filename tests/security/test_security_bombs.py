@@ -22,7 +22,7 @@ from ming_app.reading import read_bounded
 
 ROOT = Path(__file__).parents[2]
 MOST = 300  # MiB that one bomb may cost; the bombs of this file would cost gigabytes
-SECONDS = 10.0
+SECONDS = 25.0
 HEADER = {
     "format": "ming-router-trace",
     "schema": 2,
