@@ -25,6 +25,7 @@ from ming_app.engine.types import Finish, Message, SamplingParams
 from ming_app.errors import TraceError, UsageError
 from ming_app.models.progress import Meter, ProgressCallback
 from ming_app.molora.trace import RouterTrace, Segment, merge
+from ming_app.reading import TooLargeError, read_bounded
 from ming_app.router.groups import token_class
 
 MAX_BYTES = 32 * 2**20
@@ -46,9 +47,10 @@ def read_texts(path: str | Path, limit: int = 0) -> list[Text]:
     """Texts of a file, at most `limit` (0: all), spread evenly over it. Raises UsageError with the line at fault."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UsageError(f"{path} is larger than {MAX_BYTES >> 20} MiB.", f"{path} 超过 {MAX_BYTES >> 20} MiB。")
-        content = path.read_text(encoding="utf-8")
+        content = read_bounded(path, MAX_BYTES, named=True).decode("utf-8").replace("\r\n", "\n")
+    except TooLargeError as error:
+        large = f"{path} is larger than {MAX_BYTES >> 20} MiB.", f"{path} 超过 {MAX_BYTES >> 20} MiB。"
+        raise UsageError(*large) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", f"无法读取 {path}：{error.strerror}。") from error
     except UnicodeDecodeError as error:
@@ -121,7 +123,7 @@ def _kept(path: Path) -> RouterTrace | None:
 def _from_toml(path: Path, content: str) -> list[Text]:
     try:
         tables: dict[str, Any] = tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}.", f"{path} 不是有效的 TOML：{error}。") from error
     rows = [(lang, row) for lang, entries in tables.items() if isinstance(entries, list) for row in entries]
     return [
@@ -138,7 +140,7 @@ def _from_lines(path: Path, content: str) -> list[Text]:
         if path.suffix in (".jsonl", ".json"):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{where}: not JSON.", f"{where}：不是 JSON。") from error
         else:
             row = {"text": line.strip()}

@@ -31,6 +31,7 @@ from ming_app.cli_options import (
 )
 from ming_app.console import Console, use_utf8
 from ming_app.errors import MingError, UsageError
+from ming_app.reading import whole_text
 from ming_app.settings import Settings
 from ming_app.ui.text import t as page_text
 
@@ -259,7 +260,7 @@ def cmd_chat(args: argparse.Namespace, settings: Settings, console: Console, loa
             f"{info.title}, {info.precision}, {info.device}. {DISCLAIMER[0]}",
             f"{info.title}，{info.precision}，{info.device}。{DISCLAIMER[1]}",
         )
-        values = Repl(engine, console, params, args.system, settings.region).run()
+        values = Repl(engine, console, params, whole_text(args.system), settings.region).run()
     console.result(values)
     return 0
 
@@ -407,7 +408,7 @@ def _question(text: str) -> str:
 def _messages(system: str, text: str) -> list[Message]:
     from ming_app.engine.types import Message
 
-    return [*([Message("system", system)] if system else []), Message("user", text)]
+    return [*([Message("system", whole_text(system))] if system else []), Message("user", text)]
 
 
 def _sampling(args: argparse.Namespace, *, trace: bool) -> SamplingParams:

@@ -80,9 +80,9 @@ class Console:
     # -- everything else ----------------------------------------------------------------------------------------------
 
     def note(self, en: str, zh: str) -> None:
-        """A remark on stderr."""
+        """A remark on stderr. It may quote a file, so it is made printable."""
         self._end_bar()
-        print(self.text(en, zh), file=sys.stderr, flush=True)
+        print(printable(self.text(en, zh)), file=sys.stderr, flush=True)
 
     def fail(self, error: MingError) -> int:
         """Shows an error and gives the exit code it asks for."""
@@ -91,12 +91,14 @@ class Console:
         return error.exit_code
 
     def crash(self, error: Exception) -> int:
-        """Shows a bug: the traceback on stderr, and in JSON mode an object that says so. Exit code 1."""
+        """Shows a bug: where it happened on stderr, and in JSON mode an object that says so. Exit code 1.
+
+        The exception's own message stays out: it may quote what was asked or answered, and this is what people send on."""
         self._end_bar()
-        traceback.print_exception(error, file=sys.stderr)
-        reason = f"{type(error).__name__}: {error}"
+        kind = type(error).__name__
+        print("".join(traceback.format_tb(error.__traceback__)) + kind, file=sys.stderr, flush=True)
         self._fail(
-            "InternalError", f"Unexpected failure, please report it. {reason}", f"程序内部错误，请反馈。{reason}"
+            "InternalError", f"Unexpected failure, please report it ({kind}).", f"程序内部错误，请反馈（{kind}）。"
         )
         return 1
 

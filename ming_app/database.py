@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from ming_app.errors import MingError
+from ming_app.reading import bounded_json
 
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+MAX_LISTS = 1_500_000  # in an export; a row is one
 BACKUP_EVERY = 86_400.0  # seconds
 
 
@@ -305,7 +307,7 @@ def read_export(
     if len(data) > most:
         raise foreign(f"more than {most >> 20} MiB", f"超过 {most >> 20} MiB")
     try:
-        values = json.loads(data)
+        values = bounded_json(data, MAX_LISTS)
     except (ValueError, RecursionError):
         raise foreign("not JSON", "不是 JSON") from None
     if not isinstance(values, dict) or not isinstance(values.get(mark), int):

@@ -9,18 +9,21 @@ from __future__ import annotations
 import copyreg
 from typing import Any
 
+from ming_app.reading import whole_text
+
 LANGS = ("en", "zh")
 
 
 class MingError(Exception):
-    """A failure to explain to a person. `en` and `zh` are complete sentences; exit code 1 on the command line."""
+    """A failure to explain to a person. `en` and `zh` are complete sentences; exit code 1 on the command line.
+
+    They may quote a hostile file: what cannot be sent as UTF-8 is replaced."""
 
     exit_code = 1
 
     def __init__(self, en: str, zh: str):
-        super().__init__(en)
-        self.en = en
-        self.zh = zh
+        self.en, self.zh = whole_text(en), whole_text(zh)
+        super().__init__(self.en)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return copyreg.__newobj__, (type(self), self.en), self.__dict__  # type: ignore[attr-defined]  # whatever its __init__

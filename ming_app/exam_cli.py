@@ -92,12 +92,16 @@ def _read(args: argparse.Namespace) -> Any:
     """The Import of --bank: a file, or a bank by name."""
     from ming_app.exam.bank import Shelf
     from ming_app.exam.formats import Import, ReadOptions, read_bank
+    from ming_app.exam.formats.reading import MAX_BYTES, too_large
+    from ming_app.reading import TooLargeError, read_bounded
 
     path = Path(args.bank)
     if not path.is_file() and args.bank in {bank.name for bank in Shelf().list()}:
         return Import(Shelf().open(args.bank).questions, (), "jsonl", "utf-8")
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_BYTES, named=True)
+    except TooLargeError as error:
+        raise too_large() from error
     except OSError as error:
         raise UsageError(
             f"{args.bank} cannot be read ({error.strerror}), and no bank has that name; see: exam banks.",

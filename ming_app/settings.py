@@ -78,6 +78,9 @@ class Settings:
     """Context limit in tokens (prompt + answer), capped by the model's own."""
     host: str = "127.0.0.1"
     port: int = 7860
+    hosts: str = ""
+    """Further names, separated by commas, by which a page that listens on this machine only may be asked for: a proxy in
+    front of it may keep the name it is reached by."""
     lang: str = ""
     """Language of messages on the command line: "zh" or "en"; empty follows the locale."""
     region: str = "auto"
@@ -172,7 +175,7 @@ class Settings:
 
 def _parse(name: str, kind: str, text: str) -> Any:
     if kind == "Path":
-        return Path(text).expanduser()
+        return Path(os.path.expanduser(text))
     if kind == "bool":
         return text.lower() in TRUE
     if kind != "int":

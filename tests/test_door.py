@@ -22,7 +22,8 @@ from training.cli import _parser as training_parser
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "README.zh.md")
 PAGES = [
-    ROOT / name for name in (*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "training/README.md", "weights/README.md")
+    ROOT / name
+    for name in (*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "training/README.md", "weights/README.md")
 ] + sorted([*ROOT.glob("examples/**/*.md"), *ROOT.glob("weights/*/*.md")])
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 ROOMS = ("ming_app", "training", "weights", "examples", "tests")

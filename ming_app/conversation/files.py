@@ -76,7 +76,7 @@ def to_json(talks: Sequence[Conversation]) -> bytes:
 
 def to_markdown(talk: Conversation, lang: str) -> str:
     """The path in view; no text of it can pass for a heading or open a tag."""
-    lines = [f"# {_plain_line(talk.title)}", "", f"> {AI_LABEL[lang]}", ""]
+    lines = [f"# {in_markdown(_plain_line(talk.title))}", "", f"> {AI_LABEL[lang]}", ""]
     for turn in talk.path:
         lines += [f"## {ROLE[lang][turn.role]} · {_when(turn.at)}", "", in_markdown(turn.text), ""]
     if talk.summary:

@@ -7,7 +7,6 @@ with every added token taken out). The context budget keeps the system turn and 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from tokenizers.decoders import DecodeStream
 
 from ming_app.engine.types import Message
 from ming_app.errors import PromptTooLongError, UsageError, WeightsError
+from ming_app.reading import read_bounded, whole_text
 
 ROLES = ("system", "user", "assistant")
 DEFAULT_SYSTEM = "You are a helpful assistant."
 MIN_ANSWER_TOKENS = 64
 MAX_TOKENIZER_BYTES = 128 << 20
-_SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters that JSON can carry and UTF-8 cannot
 
 
 def _byte_letters() -> dict[str, int]:
@@ -97,15 +96,14 @@ class ChatTokenizer:
         """The tokenizer in a model's home folder. Raises WeightsError."""
         path = home / "tokenizer.json"
         try:
-            if path.stat().st_size > MAX_TOKENIZER_BYTES:
-                raise WeightsError("tokenizer.json is too large.", "tokenizer.json 过大。")
-            return cls(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bounded(path, MAX_TOKENIZER_BYTES).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise WeightsError(f"{path} cannot be read: {error}.", f"无法读取 {path}：{error}。") from error
+        return cls(text)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of text that a person wrote (lone surrogates become U+FFFD). Never contains a control id."""
-        ids = self._plain.encode(_SURROGATES.sub("\ufffd", text), add_special_tokens=False).ids
+        ids = self._plain.encode(whole_text(text), add_special_tokens=False).ids
         forged = self._control_ids.intersection(ids)
         if forged:  # a vocabulary that lists control tokens among its merges: refuse rather than forge
             raise UsageError(
@@ -160,23 +158,29 @@ class ChatTokenizer:
         head = self.opening_ids() + self.turn_ids(system)
         continued = turns[-1].role == "assistant"
         tail = [] if continued else self.turn_ids(Message("assistant", ""), closed=False)
-        blocks = [self.turn_ids(m, closed=not (continued and m is turns[-1])) for m in turns]
         newest = 2 if continued and len(turns) > 1 else 1
         reserve = max(min(max_new_tokens, context_limit // 4), min(MIN_ANSWER_TOKENS, max_new_tokens))
         limit = context_limit - reserve - len(head) - len(tail)
-        needed = sum(len(block) for block in blocks[-newest:])
+        blocks = [self.turn_ids(m, closed=not (continued and m is turns[-1])) for m in turns[-newest:]]
+        needed = sum(len(block) for block in blocks)
         if needed > limit:
             raise PromptTooLongError(
                 f"This message has {needed} tokens; at most {max(limit, 0)} fit beside the system prompt and room for an "
                 "answer. Please shorten it or split it.",
                 f"这条消息有 {needed} 个词元；除去系统提示和回答所需的空间，最多可容纳 {max(limit, 0)} 个。请缩短或拆分后再发送。",
             )
-        first = 0
-        while sum(len(block) for block in blocks[first:]) > limit:
-            first += 1
+        first = len(turns) - newest
+        while first:  # from the newest back, so that a conversation of any length costs no more than what fits
+            block = self.turn_ids(turns[first - 1])
+            needed += len(block)
+            if needed > limit:
+                break
+            blocks.insert(0, block)
+            first -= 1
         while first < len(turns) - newest and turns[first].role == "assistant":
             first += 1  # an answer without its question would mislead
-        kept = [token for block in blocks[first:] for token in block]
+            del blocks[0]
+        kept = [token for block in blocks for token in block]
         return Prompt(head + kept + tail, first)
 
 

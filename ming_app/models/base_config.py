@@ -12,6 +12,7 @@ from typing import Any
 
 from ming_app.errors import WeightsError
 from ming_app.models.gguf import damaged
+from ming_app.reading import read_bounded
 
 # Entries and the largest value that is believed: far above every known model, far below what exhausts a machine by itself.
 _NEEDED = {
@@ -83,9 +84,7 @@ def _refused(en: str, zh: str, config: Mapping[str, Any]) -> WeightsError:
 def read_json(path: Path, limit: int = 100_000_000) -> dict[str, Any]:
     """A JSON table from a file that may be hostile. Raises WeightsError."""
     try:
-        if path.stat().st_size > limit:
-            raise ValueError("it is too large")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(path, limit).decode("utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it is not a table")
     except OSError as error:

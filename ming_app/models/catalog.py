@@ -6,6 +6,7 @@ Data only: nothing here touches the network. `find_model` is the one way from a 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -133,8 +134,8 @@ def find_model(name: str) -> Model:
     for model in models:
         if wanted.lower() == model.name:
             return model
-    path = Path(wanted).expanduser()
-    if wanted and path.exists():
+    path = existing(wanted)
+    if path is not None:
         return _local_model(path)
     repo, _, revision = wanted.partition("@")
     if _REPO.fullmatch(repo) and (not revision or _REVISION.fullmatch(revision)):
@@ -145,6 +146,13 @@ def find_model(name: str) -> Model:
             snapshot = HubSnapshot(repo, revision or "main")
             return Model(name=wanted, title=repo, kind="folder", sources=(snapshot,), listed=False)
     raise _unknown(wanted, [model.name for model in models])
+
+
+def existing(name: str) -> Path | None:
+    """The path that a person means by `name`, where there is something. Unlike pathlib, os.path answers names that no path can
+    have (too long, nobody's home, a zero byte) without an exception."""
+    path = os.path.expanduser(name)
+    return Path(path) if name and os.path.exists(path) else None
 
 
 def _repositories(model: Model) -> set[str]:

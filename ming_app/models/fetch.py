@@ -16,7 +16,17 @@ from pathlib import Path
 
 from ming_app.errors import FetchError
 from ming_app.models import card
-from ming_app.models.catalog import HubFile, HubSnapshot, LocalPath, Model, Source, WheelMirror, find_model, list_models
+from ming_app.models.catalog import (
+    HubFile,
+    HubSnapshot,
+    LocalPath,
+    Model,
+    Source,
+    WheelMirror,
+    existing,
+    find_model,
+    list_models,
+)
 from ming_app.models.progress import Meter, ProgressCallback
 from ming_app.models.snapshot import ADAPTER_FILES, BASE_FILES, fetch_snapshot, find_snapshot, snapshot_bytes
 from ming_app.models.sources import Limits, SourceError, hub_chunks, label, mirror_chunks
@@ -155,15 +165,15 @@ def _gguf(
 
 def _given_file(model: Model, given: str, store: Store, tried: _Tried, meter: Meter) -> Path | None:
     """The file that the person gave, or the one inside the folder given, whose hash is right. Never removed."""
-    path = Path(given).expanduser()
-    if path.is_dir():
+    path = existing(given)
+    if path is not None and path.is_dir():
         candidates = [file for file in sorted(path.rglob("*")) if file.is_file() and file.stat().st_size == model.size]
         if not candidates:
             tried.add(given, f"no file of {model.size} bytes there", f"其中没有大小为 {model.size} 字节的文件")
-    elif path.is_file():
+    elif path is not None and path.is_file():
         candidates = [path]
     else:
-        tried.add(given, "there is no such file or folder", "没有这个文件或文件夹")
+        tried.add(given[:200], "there is no such file or folder", "没有这个文件或文件夹")
         candidates = []
     for file in candidates:
         if file.stat().st_size != model.size:
@@ -295,10 +305,10 @@ def _folder(model: Model, settings: Settings, store: Store, progress: ProgressCa
     """A Hugging Face folder with the base."""
     tried = _Tried([], [])
     if settings.weights:
-        path = Path(settings.weights).expanduser()
-        if (path / "config.json").is_file():
+        path = existing(settings.weights)
+        if path is not None and (path / "config.json").is_file():
             return path.resolve()
-        tried.add(settings.weights, "no folder with a config.json", "不是包含 config.json 的文件夹")
+        tried.add(settings.weights[:200], "no folder with a config.json", "不是包含 config.json 的文件夹")
     for source in model.sources:
         if isinstance(source, LocalPath):
             weight_files(source.path)
@@ -396,9 +406,11 @@ def _adapter(
 
 def _named_adapter(name: str) -> Path | HubSnapshot:
     """The adapter a person names: a folder, a model of the catalogue, or a hub id."""
-    path = Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")):
+    path = existing(name)
+    if path is not None:
         return path.resolve()
+    if name.startswith((".", "/", "~")):
+        return Path(os.path.expanduser(name))
     model = find_model(name)
     found = model.adapter_folder or model.adapter_hub
     if found is None and isinstance(model.sources[0], HubSnapshot):
@@ -409,6 +421,6 @@ def _named_adapter(name: str) -> Path | HubSnapshot:
 
 def adapter_layout(folder: Path) -> str | None:
     """ "native", "official" (the layout of the released MING models), or None when the folder holds no adapter."""
-    if (folder / "adapter.safetensors").is_file():
+    if os.path.isfile(folder / "adapter.safetensors"):  # unlike pathlib's, it answers any name
         return "native"
-    return "official" if (folder / "adapter_config.json").is_file() else None
+    return "official" if os.path.isfile(folder / "adapter_config.json") else None

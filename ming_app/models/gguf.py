@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ming_app.errors import WeightsError
+from ming_app.reading import require_regular
 
 MAX_TENSORS = 100_000
 MAX_KEYS = 10_000
@@ -61,6 +62,7 @@ class GGUFFile:
     def __init__(self, path: Path):
         self.path = path
         try:
+            require_regular(path)
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:  # mmap's word for an empty file

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from ming_app.models.gguf import damaged
+from ming_app.reading import require_regular
 
 MAX_HEADER = 100_000_000  # the format's own limit
 DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -41,6 +42,7 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
+            require_regular(path)
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:

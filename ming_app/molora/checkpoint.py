@@ -32,6 +32,7 @@ import numpy as np
 
 from ming_app.errors import AdapterError
 from ming_app.molora.config import PROJECTIONS, MoLoRAConfig
+from ming_app.reading import read_bounded
 
 SCHEMA = 1
 MAX_CONFIG_BYTES = 1 << 20
@@ -259,9 +260,7 @@ def expected_shapes(adapter: Adapter, base_config: Mapping[str, Any] | None) -> 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from an untrusted file of bounded size. Raises AdapterError."""
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError("too large")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8"))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
@@ -274,10 +273,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, deserialize
 
     try:
-        if path.stat().st_size > MAX_ADAPTER_BYTES:
-            raise ValueError("the file is too large for an adapter")
         tensors = {}
-        for name, view in deserialize(path.read_bytes()):
+        for name, view in deserialize(read_bounded(path, MAX_ADAPTER_BYTES)):
             if view["dtype"] not in _DTYPES:
                 raise ValueError(f"tensor {name} has dtype {view['dtype']}, expected {', '.join(_DTYPES)}")
             array = np.frombuffer(view["data"], _DTYPES[view["dtype"]]).reshape(view["shape"])

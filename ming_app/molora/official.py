@@ -12,6 +12,7 @@ Supported variant: always-on shared experts (`.share_experts.`, development bran
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ming_app.molora.checkpoint import (
     refuse_names,
 )
 from ming_app.molora.config import ATTENTION_TARGETS, PROJECTIONS, MoLoRAConfig
+from ming_app.reading import require_regular
 
 _FFN = re.compile(
     r"model\.layers\.(?P<layer>0|[1-9][0-9]{0,3})\.mlp\.(?P<projection>gate|up|down)_proj\."
@@ -109,7 +111,15 @@ def _shared_experts(model: Mapping[str, Any], raw: Mapping[str, np.ndarray], ran
             )
         return 0
     rows = shared[0].shape[0] if shared[0].ndim == 2 else 0
-    if not isinstance(rank, int) or rank < 1 or rows < 1 or rows % rank or (declared and declared * rank != rows):
+    counted = declared is None or isinstance(declared, int)
+    if (
+        not counted
+        or not isinstance(rank, int)
+        or rank < 1
+        or rows < 1
+        or rows % rank
+        or (declared and declared * rank != rows)
+    ):
         raise AdapterError(
             f"The shared experts have {rows} rank rows, which do not fit rank {rank} and num_share_experts {declared}.",
             f"共享专家的秩行数为 {rows}，与 rank={rank}、num_share_experts={declared} 不符。",
@@ -199,13 +209,26 @@ def _strip(raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return short
 
 
+def _check_bin(path: Path) -> None:
+    """Raises OSError or ValueError for a .bin that is no regular file, too large, or packed: torch stores without packing,
+    and unpacks what is packed to whatever size it claims."""
+    require_regular(path)
+    if path.stat().st_size > MAX_ADAPTER_BYTES:
+        raise ValueError("the file is too large for an adapter")
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":  # torch's older form, no archive
+            return
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("its members are packed")
+
+
 def _read_bin(path: Path) -> dict[str, np.ndarray]:
     """A dict of tensors from a torch .bin file, unpickled with weights_only: code in it is refused, never run."""
     import torch
 
     try:
-        if path.stat().st_size > MAX_ADAPTER_BYTES:
-            raise ValueError("the file is too large for an adapter")
+        _check_bin(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise AdapterError(

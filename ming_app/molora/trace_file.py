@@ -33,12 +33,14 @@ import numpy as np
 from ming_app.errors import TraceError
 from ming_app.molora.config import MAX_EXPERTS
 from ming_app.molora.trace import ROLES, RouterTrace, Segment, TraceToken, bad_trace
+from ming_app.reading import TooLargeError, bounded_json, read_bounded
 
 SCHEMA = 2
 READABLE = (1, 2)
 MAX_FILE_BYTES = 64 * 2**20
 MAX_TOKENS = 1 << 17
 MAX_CELLS = 1 << 26  # numbers in one array
+MAX_LISTS = 5_000_000  # in the JSON of a file
 MAX_OTHERS = 20
 MAX_LABELS = 20
 KIND = re.compile(r"[a-z][a-z0-9_]{0,29}")
@@ -92,9 +94,9 @@ def read_trace(path: str | os.PathLike[str]) -> RouterTrace:
     """Reads a file of `write_trace`. Raises TraceError for anything damaged, hostile, too large or of another version."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise bad_trace(f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MiB")
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_FILE_BYTES, named=True)
+    except TooLargeError as error:
+        raise bad_trace(f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MiB") from error
     except OSError as error:
         raise TraceError(f"{path} cannot be read: {error.strerror}.", f"无法读取 {path}：{error.strerror}。") from error
     try:
@@ -203,7 +205,7 @@ def _read_npz(data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in members}
     header = arrays.pop("header").astype(np.uint8, casting="safe").tobytes().decode()
-    return json.loads(header), arrays
+    return bounded_json(header, MAX_LISTS), arrays
 
 
 def _check_npy_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
@@ -217,13 +219,15 @@ def _check_npy_size(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
 
 
 def _read_json(data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
-    body = json.loads(data.decode())
+    body = bounded_json(data.decode(), MAX_LISTS)
     if not isinstance(body, dict) or "experts" not in body:
         raise bad_trace("the file is not a router trace")
-    experts = np.asarray(body.pop("experts"))
+    experts = np.asarray(
+        body.pop("experts"), np.float64
+    )  # of its own accord numpy gives every cell the longest text's width
     if experts.size > MAX_CELLS or experts.ndim != 4:
         raise bad_trace("experts must be a [T, L, P, k] list")
-    if experts.size and (experts.dtype.kind not in "iu" or experts.min() < 0 or experts.max() >= MAX_EXPERTS):
+    if experts.size and (experts.min() < 0 or experts.max() >= MAX_EXPERTS or (experts % 1).any()):
         raise bad_trace("expert ids must be small whole numbers")
     arrays = {"experts": experts.astype(np.uint8)}
     for name, dtype in ({"weights": np.float16} | MEASURED).items():
@@ -231,5 +235,6 @@ def _read_json(data: bytes) -> tuple[Any, dict[str, np.ndarray]]:
             array = np.asarray(body.pop(name), dtype=np.float64)
             if array.size > MAX_CELLS:
                 raise bad_trace(f"{name} is too large")
-            arrays[name] = array.astype(dtype)
+            with np.errstate(over="ignore"):  # what becomes infinite is refused with the rest
+                arrays[name] = array.astype(dtype)
     return body, arrays

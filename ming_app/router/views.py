@@ -21,6 +21,7 @@ from ming_app.router.groups import Grouping
 from ming_app.router.specialisation import CONTEXTS, LIFT, RATE, SEEN, Specialisation, specialisation, vocabulary
 from ming_app.router.statistics import Load, coactivation, flow, load
 from ming_app.router.words import name_of, percent, say
+from ming_app.spreadsheet import safe_cell
 
 PALETTE = ("#4a90d9", "#e69f00", "#12a37c", "#d677ad", "#e0cf3a", "#d55e00", "#7fc6ee", "#8a8f98")
 INK, GRID = "#71848b", "rgba(113,132,139,.25)"
@@ -54,8 +55,8 @@ class Table:
         a formula gets an apostrophe."""
         buffer = io.StringIO()
         writer = csv.writer(buffer)
-        writer.writerow([_safe(column) for column in self.columns])
-        writer.writerows([_safe(value) for value in row] for row in self.rows)
+        writer.writerow([safe_cell(column) for column in self.columns])
+        writer.writerows([safe_cell(value) for value in row] for row in self.rows)
         return "\ufeff" + buffer.getvalue()
 
 
@@ -504,7 +505,3 @@ def _dead(dead: Iterable[tuple[int, int, int]], trace: RouterTrace, lang: str) -
 
 def _cell(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _safe(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

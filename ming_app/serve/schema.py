@@ -19,7 +19,7 @@ MAX_MESSAGES = 2000
 MAX_NEW_TOKENS = 1024  # where the client names no number
 MAX_ALTERNATIVES = 20
 T = TypeVar("T")
-Text = Annotated[str, StringConstraints(max_length=500_000)]
+Text = Annotated[str, StringConstraints(max_length=100_000)]
 
 
 class Strict(BaseModel):

@@ -220,7 +220,7 @@ class Handlers:
                 chat.show_branch(session, index, step)
         except MingError as error:
             session.error = error
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             pass  # not what our page sends
         return self.show(session)
 

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ming_app.errors import MingError
 from ming_app.settings import Settings
 from ming_app.ui.assets import LOGO, head
+from ming_app.ui.guard import OwnSite, own_hosts
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.page import at_once, build_page
 from ming_app.ui.text import t
@@ -80,7 +81,7 @@ def page_options(settings: Settings) -> dict[str, Any]:
         "max_file_size": "20mb",
         "blocked_paths": [str(path.resolve()) for path in folders if path.exists()],
         "app_kwargs": {
-            "middleware": [Middleware(SafeHeaders)],
+            "middleware": [Middleware(OwnSite, hosts=own_hosts(settings)), Middleware(SafeHeaders)],
             "docs_url": None,
             "redoc_url": None,
             "openapi_url": None,

@@ -22,6 +22,7 @@ from ming_app.ui.chat_tab import ChatTab
 from ming_app.ui.client_api import add_client_api
 from ming_app.ui.exam.tab import ExamTab
 from ming_app.ui.explorer_tab import ExplorerTab
+from ming_app.ui.guard import WholeBlocks, keep_words_out_of_logs
 from ming_app.ui.handlers import QUEUED, QUIET, Handlers
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.text import t
@@ -32,6 +33,7 @@ LOAD_POLL = 1.0  # seconds between looks at the loading engine
 
 def build_page(engine_or_loader: Any, settings: Settings) -> gr.Blocks:
     """The page over an Engine, or over an EngineLoader that may still be at work. Launch it with `launch.launch`."""
+    keep_words_out_of_logs()
     loader = engine_or_loader if isinstance(engine_or_loader, EngineLoader) else EngineLoader.of(engine_or_loader)
     return Page(loader, settings).blocks
 
@@ -49,7 +51,7 @@ class Page:
         self.prompts = load_prompts(PROMPTS)
         self.words = Bilingual("en")
         self.do = Handlers(loader, settings, self.words)
-        self.blocks = gr.Blocks(
+        self.blocks = WholeBlocks(
             title=t("en", "app.title"), analytics_enabled=False, delete_cache=(600, 1800), fill_width=True
         )
         with self.blocks:

@@ -13,6 +13,7 @@ from ming_app.conversation.files import FILES, from_json, from_rows, to_file
 from ming_app.conversation.store import ConversationStore
 from ming_app.conversation.tree import Conversation
 from ming_app.errors import MingError
+from ming_app.reading import whole_text
 from ming_app.settings import Settings
 from ming_app.ui import chat
 from ming_app.ui.chat import Session
@@ -146,7 +147,7 @@ class Talks:
         Raises MingError when it is refused.
         """
         try:
-            said = json.loads(text) if isinstance(text, str) and len(text) < MAX_EVENT else None
+            said = whole_text(json.loads(text)) if isinstance(text, str) and len(text) < MAX_EVENT else None
         except (ValueError, RecursionError):
             said = None
         action = _ACTIONS.get(str(said.get("do"))) if isinstance(said, dict) else None

@@ -315,6 +315,8 @@ TRICKY = [
     "@SUM(A1)",
     "\t=x",
     "'=already",
+    "＝1+1",
+    "－SUM(A1)",
     "a = b",
     "~ {x} # : \\\n=",
     "<b>&amp;</b>",
@@ -331,7 +333,7 @@ def test_tricky_text_survives_and_is_no_formula(kind: str, text: str) -> None:
         import csv
 
         cells = [cell for row in csv.reader(data.decode("utf-8-sig").splitlines(keepends=True)) for cell in row]
-        assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t"))]
+        assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r", "＝", "－"))]
     (found,) = read_bank(data, f"x.{kind}").questions
     assert found.options == question.options and found.answer == question.answer
     assert found.explanation == question.explanation

@@ -70,8 +70,9 @@ def test_zip_bombs_are_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_spreadsheet_with_entities_is_not_read() -> None:
     bad = b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "b">]><sst/>'
     for data in (bad, bad.decode().encode("utf-16")):
-        with pytest.raises(BankFileError, match="entities"):
-            read_bank(sheet(**{"xl/sharedStrings.xml": data}), "q.xlsx")
+        for part in ("xl/sharedStrings.xml", "xl/worksheets/sheet1.dat", "xl/media/image1.png", "xl/media/image1.svg"):
+            with pytest.raises(BankFileError, match="entities"):
+                read_bank(sheet(**{part: data}), "q.xlsx")
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,14 @@ def test_inconsistent_configurations_are_refused(tmp_path, file, changes, names)
         load_adapter(folder, base_config=BASE)
 
 
+@pytest.mark.parametrize("declared", [{"a": 1}, [1], "1", 1.0])
+def test_a_number_of_shared_experts_that_is_none_is_refused(tmp_path, declared):
+    folder = write_official(tmp_path / "o", random_adapter(num_shared_experts=1))
+    edit_json(folder / "config.json", num_share_experts=declared)
+    with pytest.raises(AdapterError, match="shared experts"):
+        load_adapter(folder)
+
+
 def test_an_adapter_for_another_base_is_refused(tmp_path):
     save_adapter(tmp_path / "a", random_adapter())
     with pytest.raises(AdapterError, match="another base"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import signal
 import socket
 import threading
@@ -104,6 +105,31 @@ def test_a_page_of_another_site_cannot_ask(serve) -> None:
         assert "tiny" not in reply.text, path
 
 
+def test_no_word_and_no_key_is_logged_or_counted(serve, monkeypatch, caplog, capfd, tmp_path) -> None:
+    caplog.set_level(logging.DEBUG)
+    for noisy in ("httpx", "httpcore", "openai"):  # the client's own, which is not ours
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    served = serve(api_keys=KEYS)
+    client = served.client(KEYS.split(",")[0])
+    words = {"messages": [{"role": "user", "content": "ZEBRAFISH 斑马鱼"}], "user": "QUOKKA"}
+    said = client.chat.completions.create(**{**ASK, **words}).choices[0].message.content
+    for wrong in ({"model": "NARWHAL"}, {"temperature": 9}, {"stop": [""]}, {"extra_body": {"NARWHAL": "OKAPI"}}):
+        with pytest.raises(openai.APIStatusError):
+            client.chat.completions.create(**{**ASK, **words, **wrong})
+    with monkeypatch.context() as broken:
+        broken.setattr("ming_app.engine.jobs.Sampler.choose", lambda *_: int("ZEBRAFISH"[:4]))
+        with pytest.raises(openai.InternalServerError):
+            client.chat.completions.create(**{**ASK, **words})
+    counted = httpx.get(f"{served.url}/metrics", headers={"authorization": f"Bearer {KEYS.split(',')[1]}"})
+    assert counted.status_code == 200 and said
+    out = capfd.readouterr()
+    logged = "\n".join(record.getMessage() for record in caplog.records) + out.out + out.err + counted.text
+    logged += "\n".join(str(path) for path in tmp_path.rglob("*"))
+    assert "a request failed: ValueError" in logged
+    for word in ("ZEBRAFISH 斑", "斑马鱼", "QUOKKA", "NARWHAL", "OKAPI", *KEYS.split(",")):
+        assert word not in logged, word
+
+
 # -- sizes and slowness -----------------------------------------------------------------------------------------------
 
 
@@ -120,7 +146,7 @@ def test_large_bodies_are_refused(serve) -> None:
         assert reply.status_code == 413 and reply.json()["error"]["code"] == "request_too_large"
     many = {**ASK, "messages": [{"role": "user", "content": "a"}] * 10_000}
     assert httpx.post(address, json=many).status_code == 400
-    deep = {**ASK, "messages": [{"role": "user", "content": "x" * 400_000}]}
+    deep = {**ASK, "messages": [{"role": "user", "content": "x" * 90_000}]}
     assert httpx.post(address, json=deep, timeout=60).json()["error"]["code"] == "context_length_exceeded"
     assert served.client().chat.completions.create(**ASK).choices
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 from ming_app.exam.formats.columns import Numbered, to_fields, understand
 from ming_app.exam.formats.reading import MAX_ROWS, BankFileError, ReadOptions, Row
 from ming_app.exam.question import QuestionError
+from ming_app.reading import bounded_json
 
+MAX_LISTS = 2_000_000  # in one file
 MAX_NAMES = 1_000  # different names of entries in one file
 WRAPPERS = ("questions", "data", "items", "rows", "examples")
 
@@ -43,7 +44,7 @@ def _lines(text: str) -> Iterator[tuple[int, Any, str]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                value: Any = json.loads(line)
+                value: Any = bounded_json(line, MAX_LISTS)
             except (ValueError, RecursionError) as error:
                 value = QuestionError(f"not JSON: {_short(error)}", f"不是有效的 JSON：{_short(error)}")
             if not isinstance(value, dict | QuestionError):
@@ -53,7 +54,7 @@ def _lines(text: str) -> Iterator[tuple[int, Any, str]]:
 
 def _array(text: str) -> Iterator[tuple[int, Any, str]]:
     try:
-        value = json.loads(text)
+        value = bounded_json(text, MAX_LISTS)
     except (ValueError, RecursionError) as error:
         raise BankFileError(
             f"The file is not JSON: {_short(error)}.", f"文件不是有效的 JSON：{_short(error)}。"

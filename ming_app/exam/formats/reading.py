@@ -124,10 +124,7 @@ def read_bank(data: bytes, name: str, options: ReadOptions | None = None) -> Imp
     """The questions of a file called `name`. Raises BankFileError where the file as a whole cannot be read."""
     options = options or ReadOptions()
     if len(data) > MAX_BYTES:
-        raise BankFileError(
-            f"The file has {len(data) / 2**20:.0f} MiB; up to {MAX_BYTES >> 20} are read. Split it.",
-            f"文件大小为 {len(data) / 2**20:.0f} MiB，上限为 {MAX_BYTES >> 20} MiB，请拆分后再导入。",
-        )
+        raise too_large()
     if not data.strip():
         raise BankFileError("The file is empty.", "文件为空。")
     kind = options.format or ("xlsx" if data.startswith(b"PK\x03\x04") else "")
@@ -152,6 +149,14 @@ def read_bank(data: bytes, name: str, options: ReadOptions | None = None) -> Imp
     if not questions and not rejected:
         raise BankFileError("No question was found in the file.", "文件中没有找到题目。")
     return Import(tuple(questions), tuple(rejected), kind, encoding, columns)
+
+
+def too_large() -> BankFileError:
+    """The refusal of a file of more than MAX_BYTES."""
+    return BankFileError(
+        f"The file has more than {MAX_BYTES >> 20} MiB, and no more are read. Split it.",
+        f"文件超过 {MAX_BYTES >> 20} MiB 的上限，请拆分后再导入。",
+    )
 
 
 def decode(data: bytes) -> tuple[str, str]:
@@ -204,7 +209,7 @@ def _sort_out(rows: Iterator[Row], name: str, options: ReadOptions) -> tuple[lis
     rejected: list[Rejected] = []
     seen: dict[str, int] = {}
     groups = _Groups()
-    short = name.rpartition("/")[2].rpartition(".")[0] or name
+    short = (name.rpartition("/")[2].rpartition(".")[0] or name)[:80]
     for count, row in enumerate(rows):
         if count >= options.rows:
             if options.rows >= MAX_ROWS:

@@ -20,13 +20,12 @@ from ming_app.errors import MingError
 from ming_app.exam.formats.columns import ALIASES, Numbered, squeezed_name, to_fields, understand
 from ming_app.exam.formats.reading import MAX_ROWS, BankFileError, ReadOptions, Row
 from ming_app.exam.question import LETTERS, QuestionError
+from ming_app.spreadsheet import plain_cell
 
 MAX_UNPACKED = 300 << 20
 MAX_COLUMNS = 100
 MAX_CELL = 40_000  # characters
 HEADER_ROWS = 10  # titles may stand above the header
-FORMULA = re.compile(r"'+[=+\-@\t]")
-"""a cell that was kept from being a formula (see writing.py)"""
 
 
 def looks_like(text: str) -> bool:
@@ -117,14 +116,15 @@ def _measure(data: bytes) -> None:
                 )
             budget = MAX_UNPACKED
             for member in members:
-                if member.filename.endswith((".xml", ".rels", ".vml")):
-                    budget = _scan(archive, member, budget)
+                budget = _scan(archive, member, budget)
     except (zipfile.error, zlib.error, ValueError, EOFError, RuntimeError, NotImplementedError, OSError) as error:
         raise BankFileError("The spreadsheet is damaged or encrypted.", "该电子表格已损坏或已加密。") from error
 
 
 def _scan(archive: zipfile.ZipFile, member: zipfile.ZipInfo, budget: int) -> int:
-    """Reads a part in pieces; the bytes still allowed after it. What it says of its own size is not believed."""
+    """Reads a part in pieces; the bytes still allowed after it. What it says of its own size is not believed, and its name
+    says nothing: a sheet may be called anything. A drawing may have a document type, but no entities."""
+    refused = (b"<!ENTITY",) if member.filename.endswith(".svg") else (b"<!DOCTYPE", b"<!ENTITY")
     tail = b""
     with archive.open(member) as part:
         while piece := part.read(1 << 20):
@@ -132,7 +132,7 @@ def _scan(archive: zipfile.ZipFile, member: zipfile.ZipInfo, budget: int) -> int
             if budget < 0:
                 raise BankFileError("The spreadsheet is a zip bomb.", "该电子表格是压缩炸弹，拒绝读取。")
             text = tail + piece.replace(b"\0", b"")  # UTF-16 too
-            if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+            if any(word in text for word in refused):
                 raise BankFileError(
                     "The spreadsheet declares XML entities, which no spreadsheet program writes; it is not read.",
                     "该电子表格声明了 XML 实体（正常软件不会生成），拒绝读取。",
@@ -192,5 +192,5 @@ def _made(
 
 def _cell(value: Any) -> Any:
     if isinstance(value, str):
-        return value[1:] if FORMULA.match(value) else value
+        return plain_cell(value)
     return value if value is None or isinstance(value, int | float) else str(value)

@@ -16,19 +16,14 @@ from xml.sax.saxutils import escape, quoteattr
 
 from ming_app.exam.formats.columns import TAG_FIELDS
 from ming_app.exam.question import LETTERS, Question
+from ming_app.spreadsheet import safe_cell
 
-_FORMULA = re.compile(r"'*[=+\-@\t]")
 CSV_FIELDS = ("id", "lang", "type", "group_id", "shared_stem", "stem")
 
 
 def write_bank(questions: Sequence[Question], kind: str, title: str = "MING-MOE") -> bytes:
     """The file as bytes. `kind`: a key of WRITERS."""
     return WRITERS[kind](questions, title)
-
-
-def safe_cell(text: str) -> str:
-    """A cell that no spreadsheet program takes for a formula."""
-    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def _jsonl(questions: Sequence[Question], _title: str) -> bytes:

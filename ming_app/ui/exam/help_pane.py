@@ -4,6 +4,7 @@ beside the student's, and the way to a chat about the question. The bank's key s
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
@@ -298,7 +299,7 @@ class HelpPane:
         room = self.tab.room(session)
         if room.case is None:
             return {}
-        path = self.do.files.new() / f"ming-case-{room.case.question.id or 'question'}.html".replace("/", "-")
+        path = self.do.files.new() / f"ming-case-{time.strftime('%Y%m%d-%H%M%S')}.html"
         path.write_text(case_page(room.case, session.lang), encoding="utf-8")
         return {self.tab.panes.download: gr.update(value=str(path))}
 

@@ -10,10 +10,10 @@ from ming_app.errors import MingError
 from ming_app.exam.bank import letters_shown
 from ming_app.exam.candidate import Attempt
 from ming_app.exam.formats import FORMATS, Import, Rejected
-from ming_app.exam.formats.writing import safe_cell
 from ming_app.exam.question import TYPES
 from ming_app.exam.sitting import Drawn, Sitting
 from ming_app.exam.statistics import Result, Share, Statistics
+from ming_app.spreadsheet import safe_cell
 from ming_app.ui import render
 from ming_app.ui.text import duration_text, t
 
@@ -260,7 +260,7 @@ def rejected_csv(lang: str, rejected: Sequence[Rejected]) -> str:
     writer = csv.writer(out)
     writer.writerow([t(lang, f"exam.import_{key}") for key in ("line", "reason", "text")])
     for row in rejected:
-        writer.writerow([row.line, row.reason.message(lang), safe_cell(row.excerpt)])
+        writer.writerow([row.line, safe_cell(row.reason.message(lang)), safe_cell(row.excerpt)])
     return "\ufeff" + out.getvalue()
 
 

@@ -15,6 +15,7 @@ from ming_app.exam.desk import ONLY, ORDERS, Choice
 from ming_app.exam.sitting import MODES, PRESETS, Sitting
 from ming_app.exam.statistics import result, statistics
 from ming_app.exam.store import CAUSES
+from ming_app.reading import whole_text
 from ming_app.settings import Settings
 from ming_app.ui.assets import read
 from ming_app.ui.bilingual import Bilingual, Words, labelled, valued
@@ -425,7 +426,8 @@ class ExamTab:
         """One action of the card. Only what changed is sent back."""
         room = self.room(session)
         try:
-            said = json.loads(event.value) if isinstance(event.value, str) and len(event.value) < 10_000 else None
+            short = isinstance(event.value, str) and len(event.value) < 10_000
+            said = whole_text(json.loads(event.value)) if short else None
         except (ValueError, RecursionError):
             said = None
         try:
