@@ -11,7 +11,7 @@ from ming_app.engine.waiting import WaitingRoom
 from ming_app.errors import BusyError
 from tests.engine.tiny_engine import tiny_engine
 
-LONG = SamplingParams(max_new_tokens=400, temperature=5.0, repetition_penalty=3.0, seed=1)
+LONG = SamplingParams(max_new_tokens=300, temperature=0)  # this model goes on for longer
 SHORT = SamplingParams(max_new_tokens=3, temperature=0)
 ASK = [Message("user", "发烧 cough")]
 
@@ -119,7 +119,7 @@ def test_bounds_hold_and_every_end_is_counted_once(tmp_path) -> None:
     with tiny_engine(tmp_path, pause=0.01, slots=1, max_waiting=1, per_visitor=1) as engine:
         outcomes: list[Outcome] = []
         engine.on_end(outcomes.append)
-        mine = SamplingParams(max_new_tokens=400, temperature=5.0, seed=1, visitor="me")
+        mine = SamplingParams(max_new_tokens=300, temperature=0, visitor="me")
         first = engine.stream(ASK, mine)
         assert isinstance(next(first), Start)
         with pytest.raises(BusyError, match="unfinished"):
