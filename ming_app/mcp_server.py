@@ -189,7 +189,9 @@ class Tools:
         begin = time.monotonic()
         while (state := self._loader.state).busy:
             share = 1 - 1 / (1 + time.monotonic() - begin)  # the protocol wants it to grow; nobody knows how far
-            await ctx.report_progress(share, message=t("en", f"load.{state.progress.stage if state.progress else 'load'}"))
+            await ctx.report_progress(
+                share, message=t("en", f"load.{state.progress.stage if state.progress else 'load'}")
+            )
             await anyio.sleep(POLL_SECONDS)
         if state.engine is not None:
             return state.engine
@@ -261,7 +263,9 @@ def _traced(said: Said, trace: RouterTrace, full: bool) -> Traced:
 def _load_lines(said: Traced, lang: str) -> str:
     """A line per expert, and the busiest expert of every layer."""
     zh = lang == "zh"
-    lines = [f"各专家占比（均匀为 {said.even_share:.1%}）" if zh else f"Load per expert (even use: {said.even_share:.1%})"]
+    lines = [
+        f"各专家占比（均匀为 {said.even_share:.1%}）" if zh else f"Load per expert (even use: {said.even_share:.1%})"
+    ]
     for expert in range(said.num_experts):
         prompt, answer = (said.load[role][expert] for role in ("prompt", "answer"))
         part = f"提示 {prompt:.1%}，回答 {answer:.1%}" if zh else f"prompt {prompt:.1%}, answer {answer:.1%}"
