@@ -8,6 +8,7 @@ what was asked. Needs requirements-mcp.txt; nothing else imports this module.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import traceback
@@ -15,7 +16,6 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, Any, Literal
 
-import anyio
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.types import CallToolResult, ContentBlock, TextContent, ToolAnnotations
 from pydantic import BaseModel, Field
@@ -34,13 +34,13 @@ from ming_app.settings import Settings
 from ming_app.trace_report import summarize
 from ming_app.ui.chat import MAX_CHARS
 from ming_app.ui.exam import tutor
-from ming_app.ui.loader import EngineLoader
+from ming_app.ui.loader import EngineLoader, LoadState
 from ming_app.ui.text import refusal, t
 
 logger = logging.getLogger(__name__)
 
 DEADLINE = 300.0  # seconds one answer may take
-POLL_SECONDS, UPDATE_SECONDS = 0.2, 0.5
+POLL_SECONDS, UPDATE_SECONDS = 0.1, 0.5
 INSTRUCTIONS = (
     "MING-MOE, a small bilingual (Chinese, English) medical language model for learning. It is not a physician, and its answers can "
     "be wrong: check them, pass on every `warning` first, and keep the AI label. `triage` needs no model and is quick; the others wait "
@@ -106,16 +106,16 @@ class Tools:
         self, question: Asked, ctx: Context, lang: Lang = None, max_new_tokens: NewTokens = 512, seed: Seed = None
     ) -> Annotated[CallToolResult, Said]:
         """Asks the medical model one question. The answer may be wrong; a warning of an emergency comes before it."""
-        lang = lang or language_of(question)
-        warning = self._warning(question, lang)
+        shown = lang or language_of(question)
+        warning = self._warning(question, shown)
 
         async def work() -> CallToolResult:
             _check(question)
             params = SamplingParams(max_new_tokens, seed=seed, deadline=DEADLINE, trace=False)
             text, finish, info = await self._answer(ctx, question, params)
-            return _result(_said(text, finish, info, lang, warning))
+            return _result(_said(text, finish, info, shown, warning))
 
-        return await _told(work(), lang, warning)
+        return await _told(work(), shown, warning)
 
     async def explain(
         self, stem: str, options: Options, answer: Key, ctx: Context, lang: Lang = None, max_new_tokens: NewTokens = 400
@@ -145,8 +145,8 @@ class Tools:
     ) -> Annotated[CallToolResult, Traced]:
         """Asks the model, greedily, and tells which of its experts fired: each one's share over the prompt, the answer and every
         layer, beside the share that even use would give. Experts tend to follow form more than topic."""
-        lang = lang or language_of(question)
-        warning = self._warning(question, lang)
+        shown = lang or language_of(question)
+        warning = self._warning(question, shown)
 
         async def work() -> CallToolResult:
             _check(question)
@@ -156,27 +156,27 @@ class Tools:
                 raise UsageError(
                     "This model has no experts, so there is nothing to trace.", "该模型没有专家，无轨迹可记录。"
                 )
-            said = _traced(_said(text, finish, info, lang, warning), finish.trace, full)
-            return _result(said, _load_lines(said, lang))
+            said = _traced(_said(text, finish, info, shown, warning), finish.trace, full)
+            return _result(said, _load_lines(said, shown))
 
-        return await _told(work(), lang, warning)
+        return await _told(work(), shown, warning)
 
     def triage(
         self, text: Annotated[str, Field(description="what a person wrote about their complaint")], lang: Lang = None
     ) -> Annotated[CallToolResult, Triaged]:
         """Looks for signs of an emergency by fixed rules; needs no model, takes milliseconds. It can miss: nothing found is no
         all-clear."""
-        lang = lang or language_of(text)
+        shown = lang or language_of(text)
         try:
             _check(text)
         except MingError as error:
-            return _refused(error.message(lang))
-        found = Triaged(**notices.triage(text, self._region, lang))
+            return _refused(error.message(shown))
+        found = Triaged(**notices.triage(text, self._region, shown))
         nothing = {
             "en": "No sign of an emergency was found. This is no all-clear: in doubt, see a doctor.",
             "zh": "未发现急症信号。这不代表没有危险，如有疑虑请就医。",
         }
-        return CallToolResult(content=_blocks(found.message or nothing[lang]), structured_content=found.model_dump())
+        return CallToolResult(content=_blocks(found.message or nothing[shown]), structured_content=found.model_dump())
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -187,12 +187,14 @@ class Tools:
         """The engine once it is loaded; a load that failed is tried once more. Raises MingError."""
         self._loader.start()
         begin = time.monotonic()
+        reported = begin
         while (state := self._loader.state).busy:
-            share = 1 - 1 / (1 + time.monotonic() - begin)  # the protocol wants it to grow; nobody knows how far
-            await ctx.report_progress(
-                share, message=t("en", f"load.{state.progress.stage if state.progress else 'load'}")
-            )
-            await anyio.sleep(POLL_SECONDS)
+            now = time.monotonic()
+            if now - reported >= UPDATE_SECONDS:
+                reported, waited = now, now - begin
+                # the protocol wants progress to grow; loading has stages, and nobody knows how far the next ones are
+                await ctx.report_progress(waited / (1 + waited), message=_stage(state))
+            await asyncio.sleep(POLL_SECONDS)
         if state.engine is not None:
             return state.engine
         if isinstance(state.error, MingError):
@@ -212,6 +214,13 @@ class Tools:
                         reported = time.monotonic()
                         await ctx.report_progress(1 + tokens, 1 + params.max_new_tokens)
         raise RuntimeError("the engine ended without a Finish event")
+
+
+def _stage(state: LoadState) -> str:
+    """What loading does now, for people."""
+    step = state.progress
+    share = f" {step.done / step.total:.0%}" if step is not None and step.total > 0 else ""
+    return t("en", f"load.{step.stage if step is not None else 'load'}") + share
 
 
 def _check(text: str) -> None:
@@ -323,14 +332,11 @@ def build_server(loader: EngineLoader, settings: Settings) -> MCPServer:
         lifespan=life,
     )
     tools = Tools(loader, settings)
-    titles = {
-        tools.ask: "Ask the medical model",
-        tools.explain: "Explain an exam question",
-        tools.trace: "Show which experts fired",
-        tools.triage: "Look for signs of an emergency",
-    }
-    for tool, title in titles.items():
-        server.add_tool(tool, title=title, annotations=ToolAnnotations(read_only_hint=True, open_world_hint=False))
+    hints = ToolAnnotations(read_only_hint=True, open_world_hint=False)
+    server.add_tool(tools.ask, title="Ask the medical model", annotations=hints)
+    server.add_tool(tools.explain, title="Explain an exam question", annotations=hints)
+    server.add_tool(tools.trace, title="Show which experts fired", annotations=hints)
+    server.add_tool(tools.triage, title="Look for signs of an emergency", annotations=hints)
     return server
 
 
