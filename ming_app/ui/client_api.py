@@ -29,7 +29,7 @@ UPDATE_SECONDS = 0.2
 def add_client_api(do: Handlers) -> None:
     """Adds the endpoint to the Blocks that are being built."""
 
-    def ask(
+    def ask_once(
         request: gr.Request, question: str, lang: str = "en", max_new_tokens: int = 512, seed: int = -1
     ) -> Iterator[dict[str, Any]]:
         """Asks one question. Gives {"text", "finish_reason", "warning", "notes", "ai_label"} again and again while it is answered;
@@ -43,7 +43,7 @@ def add_client_api(do: Handlers) -> None:
             raise gr.Error(t(lang, "refuse.unexpected", kind=type(error).__name__), print_exception=False) from None
 
     options = {name: value for name, value in QUEUED.items() if name.startswith("concurrency")}
-    gr.api(ask, api_name="ask", api_visibility="public", **options)
+    gr.api(ask_once, api_name="ask", api_visibility="public", **options)
 
 
 def _answer(do: Handlers, visitor: str, question: Any, lang: str, most: Any, seed: Any) -> Iterator[dict[str, Any]]:
