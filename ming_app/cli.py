@@ -1,7 +1,7 @@
 """The command line, second face of the app: `python -m ming_app COMMAND`.
 
-Contract: every command takes `--json` (exactly one JSON object on stdout, everything else on stderr; a failure is the
-object {"error": {...}}), exit code 0 done, 1 failed, 2 wrong use, 130 interrupted; messages in the user's language.
+Contract: every command but `mcp` takes `--json` (exactly one JSON object on stdout, everything else on stderr; a failure is
+the object {"error": {...}}), exit code 0 done, 1 failed, 2 wrong use, 130 interrupted; messages in the user's language.
 Whatever is heavy is imported inside the command that needs it, so that `--help` answers at once.
 """
 
@@ -23,11 +23,13 @@ from ming_app.cli_options import (
     SETTINGS_FLAGS,
     Parser,
     add_address,
+    add_lang,
     add_region,
     common_options,
     language,
     plain_options,
     sampling_options,
+    settings_options,
 )
 from ming_app.console import Console, use_utf8
 from ming_app.errors import MingError, UsageError
@@ -187,6 +189,12 @@ def build_parser(console: Console) -> argparse.ArgumentParser:
         commands, "serve", cmd_serve, [common], t("the page and an OpenAI-compatible API", "页面与兼容 OpenAI 的 API")
     )
     add_address(serve, console)
+
+    tools = t(
+        "tools for other assistants, over stdio (MCP): ask, explain, trace, triage",
+        "供其他智能助手调用的工具（MCP，标准输入输出）：ask、explain、trace、triage",
+    )
+    add_lang(_command(commands, "mcp", cmd_mcp, [settings_options(console)], tools), console)
 
     from ming_app.bench_cli import add_bench_options
 
@@ -379,6 +387,23 @@ def cmd_serve(args: argparse.Namespace, settings: Settings, console: Console, lo
 
     serve(settings)
     console.result({"stopped": True})
+    return 0
+
+
+def cmd_mcp(args: argparse.Namespace, settings: Settings, console: Console, load_engine: LoadEngine) -> int:
+    """Tools for another assistant until it closes stdin. No `--json`: stdout is the protocol's."""
+    from ming_app.ui.loader import EngineLoader
+
+    try:
+        from ming_app.mcp_server import serve_stdio
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "mcp":
+            raise
+        raise MingError(
+            "The mcp package is missing or older than version 2. Install it: pip install -r requirements-mcp.txt",
+            "缺少 mcp 包，或其版本低于 2。请安装：pip install -r requirements-mcp.txt",
+        ) from error
+    serve_stdio(EngineLoader(lambda progress: load_engine(settings, progress)), settings)
     return 0
 
 

@@ -355,3 +355,14 @@ def test_ask_and_chat_warn_before_the_answer(run: Run) -> None:
     assert "120" in talked.err or "heart" in talked.err
     dosed = run("ask", "my knee aches", engine=FakeEngine("Take 400 mg of ibuprofen every 6 hours."))
     assert "names a dose" in dosed.err
+
+
+def test_mcp_without_its_package_names_the_remedy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it takes no --json: stdout is the protocol's."""
+    for module in ("mcp", "mcp.server.mcpserver"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "ming_app.mcp_server", raising=False)
+    result = run("mcp")
+    assert result.code == 1 and "pip install -r requirements-mcp.txt" in result.err and result.out == ""
+    assert "缺少 mcp 包" in run("mcp", "--lang", "zh").err
+    assert run("mcp", "--json").code == 2

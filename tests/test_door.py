@@ -145,8 +145,8 @@ def test_the_index_of_examples_names_each_folder_and_script() -> None:
     index = TEXTS["examples/README.md"]
     folders = {path.name for path in (ROOT / "examples").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set(re.findall(r"^\| \[?`(\w+)`", index, re.MULTILINE))
-    for script in (ROOT / "examples" / "python").glob("*.py"):
-        assert f"python -m examples.python.{script.stem} " in index
+    for script in sorted([*(ROOT / "examples" / "python").glob("*.py"), *(ROOT / "examples" / "api").glob("*.py")]):
+        assert f"python -m examples.{script.parent.name}.{script.stem} " in index
         assert len(script.read_text(encoding="utf-8").splitlines()) < 60
 
 

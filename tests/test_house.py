@@ -144,7 +144,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 
 def third_party_imports(*roots: str) -> dict[str, Path]:
     """Top-level import name -> a file that imports it, for what is neither ours nor Python's."""
-    own = {"ming_app", "training", "tests", "app"} | {file.stem for file in (ROOT / "tests").rglob("*.py")}
+    own = {"ming_app", "training", "tests", "examples", "app"} | {file.stem for file in (ROOT / "tests").rglob("*.py")}
     found: dict[str, Path] = {}
     files = [f for root in roots for f in ([ROOT / root] if root.endswith(".py") else (ROOT / root).rglob("*.py"))]
     for file in files:
@@ -163,17 +163,17 @@ def normal(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("roots", "file"),
+    ("roots", "files"),
     [
-        (("ming_app", "app.py"), "requirements-bench.txt"),
-        (("training",), "requirements-eval.txt"),
-        (("tests",), "requirements-dev.txt"),
+        (("ming_app", "app.py"), ("requirements-bench.txt", "requirements-mcp.txt")),
+        (("training",), ("requirements-eval.txt",)),
+        (("tests", "examples"), ("requirements-dev.txt",)),
     ],
 )
-def test_every_import_is_required(roots: tuple[str, ...], file: str) -> None:
-    required = {normal(name) for name in requirements(file)}
+def test_every_import_is_required(roots: tuple[str, ...], files: tuple[str, ...]) -> None:
+    required = {normal(name) for file in files for name in requirements(file)}
     for name, where in third_party_imports(*roots).items():
-        assert normal(name) in required, f"{where.relative_to(ROOT)} imports {name}, which {file} lacks"
+        assert normal(name) in required, f"{where.relative_to(ROOT)} imports {name}, which {files} lack"
 
 
 def test_every_requirement_is_imported_and_explained() -> None:
@@ -195,6 +195,11 @@ def test_only_the_benchmark_imports_llama() -> None:
     importing = third_party_imports("ming_app", "training", "app.py")["llama_cpp"]
     assert importing.parent == ROOT / "ming_app" / "bench"
     assert not any("llama" in name for name in requirements())
+
+
+def test_only_the_tool_server_imports_mcp() -> None:
+    assert third_party_imports("ming_app", "training", "app.py")["mcp"] == ROOT / "ming_app" / "mcp_server.py"
+    assert "mcp" not in requirements()
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
