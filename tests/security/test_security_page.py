@@ -98,7 +98,7 @@ def test_settings_of_the_launched_app(page: Page) -> None:
 def test_one_endpoint_has_a_name(page: Page) -> None:
     info = page.http.get("gradio_api/info").json()
     assert set(info["named_endpoints"]) == {"/ask"} and info["unnamed_endpoints"] == {}
-    assert [fn.name for fn in page.blocks.fns.values() if fn.api_visibility != "private"] == ["ask"]
+    assert [fn.name for fn in page.blocks.fns.values() if fn.api_visibility != "private"] == ["ask_once"]
 
 
 def test_the_python_client_sees_one_endpoint(page: Page, capsys: pytest.CaptureFixture[str]) -> None:
