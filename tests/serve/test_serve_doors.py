@@ -166,10 +166,9 @@ def test_slow_clients_are_let_go(serve, monkeypatch) -> None:
     with connection(served) as slow:
         slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 50\r\n\r\n{")
         assert slow.recv(4096).startswith(b"HTTP/1.1 408")
-    with connection(served) as patient:  # one after the other on the same connection, with a pause
+    with httpx.Client(base_url=served.url) as patient:  # one after the other on the same connection, with a pause
         for _ in range(2):
-            patient.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-            assert patient.recv(4096).startswith(b"HTTP/1.1 200")
+            assert patient.get("/health").status_code == 200
             time.sleep(0.1)
     assert issubclass(PatientProtocol, asyncio.Protocol)
 
