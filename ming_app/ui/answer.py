@@ -199,7 +199,7 @@ class _Writer:
         match event:
             case Queued():
                 self.waiting = event.seconds > 0
-                waits = {"n": event.before, "seconds": round(event.seconds)}
+                waits = {"n": event.before + 1, "seconds": round(event.seconds)}
                 if self.waiting:
                     self.session.status = Note("status.turn", waits)
                 else:

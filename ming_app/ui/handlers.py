@@ -38,6 +38,8 @@ QUEUED: dict[str, Any] = {
     "api_visibility": "private",
 }
 """options of events that need the model; the engine lets `settings.streams` of them run at a time, and bounds who waits"""
+CUT = ("length", "cancelled", "deadline", "closing")
+"""how an answer ends that can be gone on with; the others the model has ended itself"""
 DEADLINE = 300.0  # seconds one answer may take, so that a queue always moves on
 PATIENCE = 900.0  # seconds that a question waits for its turn
 
@@ -75,7 +77,7 @@ class Handlers:
             box, session.returned = gr.update(value=session.returned), None
         busy = session.run is not None or session.status.key == "status.queued"
         turns = session.turns
-        can_go_on = not busy and bool(turns) and turns[-1].role == "assistant" and session.talk.mode == "chat"
+        can_go_on = not busy and bool(turns) and turns[-1].reason in CUT and session.talk.mode == "chat"
         summary = session.talk.summary if session.talk.mode == "consult" else ""
         messages, *rest = self._view(session)
         return [
@@ -118,8 +120,7 @@ class Handlers:
         except MingError as error:
             session.returned = text or None
             raise _refused(session, error) from None
-        before = max(0, sum(self.load()) - self.settings.streams + 1)  # that must end before this one begins
-        session.status = chat.Note("status.queued", {"n": before})
+        session.status = chat.Note("status.queued")
         return self.show(session)
 
     def _refuse_when_closed(self) -> None:

@@ -121,10 +121,10 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "status.idle": {"en": "Ready", "zh": "就绪"},
     "status.loading": {"en": "The model is loading", "zh": "模型加载中"},
     "status.failed": {"en": "Model not loaded", "zh": "模型未加载"},
-    "status.queued": {"en": "Waiting for a turn · {n} before you", "zh": "排队中 · 前面还有 {n} 个请求"},
+    "status.queued": {"en": "Waiting for a turn", "zh": "排队中"},
     "status.turn": {
-        "en": "Waiting for a turn · {n} before you · about {seconds} s",
-        "zh": "排队中 · 前面还有 {n} 个请求 · 约 {seconds} 秒",
+        "en": "Waiting for a turn · number {n} in the queue · about {seconds} s",
+        "zh": "排队中 · 第 {n} 位 · 约 {seconds} 秒",
     },
     "status.reading": {"en": "Reading your question · {seconds} s", "zh": "正在阅读问题 · {seconds} 秒"},
     "status.borrowing": {

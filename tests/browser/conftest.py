@@ -82,7 +82,7 @@ class Visit:
         tokens, text = self.page.evaluate("[seen.tokens, seen.text]")
         return tokens, text
 
-    def until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Waits for what no selector can say; the browser goes on meanwhile."""
         end = time.monotonic() + seconds
         while not condition():

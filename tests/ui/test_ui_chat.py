@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ming_app.conversation.tree import Conversation, Turn
-from ming_app.engine.types import SamplingParams
+from ming_app.engine.types import Message, SamplingParams
 from ming_app.errors import MingError, PromptTooLongError
 from ming_app.ui import chat
 from ming_app.ui.answer import TEXT_SECONDS, answer
@@ -245,3 +245,24 @@ def test_clear_keeps_the_language_only() -> None:
 )
 def test_flatten(content: Any, expected: str) -> None:
     assert chat.flatten(content) == expected
+
+
+def test_a_place_in_the_queue_is_told_and_then_the_reading() -> None:
+    fake, session = FakeEngine("ok", slots=1), Session()
+    first = fake.stream([Message("user", "x")], SamplingParams())
+    next(first)
+    chat.ask(session, "q")
+    told: list[str] = []
+
+    def answered() -> None:
+        for _ in answer(fake, session, SamplingParams()):
+            told.append(session.status.key)
+            if session.status.key == "status.turn":
+                assert session.status.values == {"n": 1, "seconds": 20}
+                first.close()
+
+    thread = threading.Thread(target=answered)
+    thread.start()
+    thread.join(20)
+    assert told.index("status.turn") < told.index("status.writing") and told[-1] == "status.done"
+    assert "status.reading" in told[told.index("status.turn") :]

@@ -109,12 +109,6 @@ def test_refusals_are_told_in_the_visitors_language(page: Page) -> None:
         page.do.ask(Session(lang="zh"), "q")
     with pytest.raises(gr.Error, match="waiting"):
         page.do.ask(Session(lang="en"), "q")
-    streams = page.do.settings.streams
-    for queued, before in (((streams, 0), 1), ((streams, 2), 3), ((1, 0), 0)):
-        page.do.load = lambda: queued  # noqa: B023  # asked at once
-        session = Session()
-        page.do.ask(session, "q")
-        assert session.status.values == {"n": before}
 
 
 def test_while_loading_and_after_a_failure_chat_is_closed() -> None:

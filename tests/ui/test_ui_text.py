@@ -66,7 +66,7 @@ def test_every_key_that_code_names_exists() -> None:
 
 def test_reading_the_table() -> None:
     assert t("zh-CN", "chat.send") == "发送" and t("fr", "chat.send") == "Send"
-    assert t("en", "status.queued", n=3) == "Waiting for a turn · 3 before you"
+    assert t("en", "status.turn", n=3, seconds=9) == "Waiting for a turn · number 3 in the queue · about 9 s"
     error = refusal("refuse.long", n=9, limit=8)
     assert isinstance(error, MingError) and "9" in error.en and "9" in error.zh and error.en != error.zh
 

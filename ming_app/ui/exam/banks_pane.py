@@ -151,7 +151,7 @@ class BanksPane:
         """Reads a file and shows what it holds; nothing is kept yet."""
         room = self.tab.room(session)
         if not path:
-            return {}
+            return {self.tab.message: gr.skip()}
         room.reading = Reading(Path(path).name, Path(path).read_bytes())
         found = self._read(session, room.reading)
         return {**found, self.bank_title: Path(path).stem[:80]}
@@ -160,11 +160,11 @@ class BanksPane:
         """Reads the file again as the person chose."""
         room = self.tab.room(session)
         if room.reading is None:
-            return {}
+            return {self.tab.message: gr.skip()}
         try:
             room.reading.options = chosen_options(event.value)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return {}  # not what our page sends
+            return {self.tab.message: gr.skip()}  # not what our page sends
         return self._read(session, room.reading)
 
     def _read(self, session: Session, reading: Reading) -> Updates:
@@ -198,7 +198,7 @@ class BanksPane:
     def keep_bank(self, session: Session, title: str) -> Updates:
         room, lang = self.tab.room(session), session.lang
         if room.reading is None:
-            return {}
+            return {self.tab.message: gr.skip()}
         reading = room.reading
         try:
             bank = room.desk.add_bank(title.strip() or Path(reading.name).stem, reading.questions)
@@ -211,7 +211,7 @@ class BanksPane:
     def remove_bank(self, session: Session, name: str | None) -> Updates:
         room, lang = self.tab.room(session), session.lang
         if not name:
-            return {}
+            return {self.tab.message: gr.skip()}
         listed = next((bank for bank in room.desk.shelf.list() if bank.name == name), None)
         if listed is None or listed.ours:
             return {self.tab.message: pages.told(lang, t(lang, "exam.remove_ours"))}
@@ -221,7 +221,7 @@ class BanksPane:
     def save_report(self, session: Session) -> Updates:
         room = self.tab.room(session)
         if room.reading is None:
-            return {}
+            return {self.download: gr.skip()}
         path = self.do.files.new() / f"{Path(room.reading.name).stem}-rejected.csv"
         path.write_text(pages.rejected_csv(session.lang, room.reading.rejected), encoding="utf-8")
         return {self.download: gr.update(value=str(path))}
@@ -243,7 +243,7 @@ class BanksPane:
         try:
             room = self.tab.room(session)
             if not room.in_browser:
-                return {}
+                return {self.tab.changes: gr.skip()}
             if text:
                 read_progress(room.desk.store, text.encode())
                 room.desk.store.take_changes()  # the browser has them
@@ -259,7 +259,7 @@ class BanksPane:
     def load_progress(self, session: Session, path: str | None) -> Updates:
         lang, room = session.lang, self.tab.room(session)
         if not path:
-            return {}
+            return {self.tab.message: gr.skip()}
         try:
             done = read_progress(room.desk.store, Path(path).read_bytes())
         except MingError as error:

@@ -298,7 +298,7 @@ class HelpPane:
         """The case view as a file to print."""
         room = self.tab.room(session)
         if room.case is None:
-            return {}
+            return {self.tab.panes.download: gr.skip()}
         path = self.do.files.new() / f"ming-case-{time.strftime('%Y%m%d-%H%M%S')}.html"
         path.write_text(case_page(room.case, session.lang), encoding="utf-8")
         return {self.tab.panes.download: gr.update(value=str(path))}
