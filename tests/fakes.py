@@ -125,6 +125,9 @@ class FakeEngine:
 
     draining = False
 
+    def expected_wait(self) -> float:
+        return self._room.seconds(len(self._room))
+
     def drain(self, seconds: float) -> bool:
         return True
 

@@ -88,6 +88,12 @@ class Batcher:
         with self._changed:
             return len(self._running()), len(self._waiting)
 
+    def expected_wait(self) -> float:
+        """Seconds until the turn of a request that comes now."""
+        with self._changed:
+            busy = len(self._running()) >= self.slots
+            return self._waiting.seconds(len(self._waiting)) if busy or self._waiting else 0.0
+
     def drain(self, seconds: float) -> bool:
         """Takes no more requests, sends away those that wait, and waits so long for what runs. Whether all of it ended."""
         with self._changed:

@@ -138,6 +138,10 @@ class Engine:
         Whether all of them ended."""
         return self._batcher.drain(seconds)
 
+    def expected_wait(self) -> float:
+        """Seconds that a request may have to wait that comes now, by how long answers took lately."""
+        return self._batcher.expected_wait()
+
     @property
     def draining(self) -> bool:
         """Whether `drain` has begun."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from ming_app.engine.types import Event, Finish, Message, SamplingParams
 
 
-async def events(engine: Any, messages: Sequence[Message], params: SamplingParams) -> AsyncIterator[Event]:
+async def events(engine: Any, messages: Sequence[Message], params: SamplingParams) -> AsyncGenerator[Event]:
     """Events up to Finish; raises what the engine raises. However this generator ends, the request ends with it."""
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[Event | BaseException] = asyncio.Queue()

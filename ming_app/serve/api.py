@@ -10,9 +10,9 @@ import hashlib
 import json
 import logging
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -30,9 +30,11 @@ from ming_app.serve.schema import ChatRequest
 from ming_app.settings import Settings
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DEADLINE = 300.0  # seconds one answer may take
 PATIENCE = 900.0  # seconds that a request waits for its turn
+GONE = Response(status_code=499)  # for nobody
 SSE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -128,14 +130,17 @@ class Api:
         )
         stream = events(engine, messages, params)
         if not asked.stream:
-            return await _while_connected(request, self._whole(stream, completion))
-        first = await anext(stream)  # a refusal has its status
+            return await _while_connected(request, self._whole(stream, completion)) or GONE
+        first = await _while_connected(request, anext(stream))  # a refusal has its status
+        if first is None:
+            await stream.aclose()
+            return GONE
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         sent = _server_sent(first, stream, completion, lang, usage)
         return StreamingResponse(sent, media_type="text/event-stream", headers=SSE)
 
-    async def _whole(self, stream: AsyncIterator[Event], completion: Completion) -> Response:
-        async with aclosing(stream):  # type: ignore[type-var]
+    async def _whole(self, stream: AsyncGenerator[Event], completion: Completion) -> Response:
+        async with aclosing(stream):
             async for event in stream:
                 if not isinstance(event, Queued):
                     completion.take(event)
@@ -236,15 +241,15 @@ def _visitor(request: Request, asked: ChatRequest) -> str:
     return f"{key}:{hashlib.sha256(asked.user.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
-async def _while_connected(request: Request, answering: Any) -> Response:
-    """Runs to the end unless the client goes away: nothing else would notice while no byte is sent."""
+async def _while_connected(request: Request, answering: Awaitable[T]) -> T | None:
+    """Runs to the end; None when the client goes away: nothing else would notice while no byte is sent."""
     work = asyncio.ensure_future(answering)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
-        return Response(status_code=499)  # to nobody
+        return None
     finally:
         for task in (work, gone):
             if not task.done():
@@ -259,12 +264,12 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _server_sent(
-    first: Event, stream: AsyncIterator[Event], completion: Completion, lang: str, usage: bool
+    first: Event, stream: AsyncGenerator[Event], completion: Completion, lang: str, usage: bool
 ) -> AsyncIterator[str]:
     """Server-sent events. While it waits for its turn a comment says so, which clients skip."""
     opened = False
     try:
-        async with aclosing(stream):  # type: ignore[type-var]
+        async with aclosing(stream):
             event: Event | None = first
             while event is not None:
                 if isinstance(event, Queued):

@@ -131,7 +131,7 @@ class Handlers:
         if (
             waiting >= self.settings.max_queue
         ):  # the engine would refuse too, when the question is part of the page already
-            raise refusal("refuse.busy", n=waiting)
+            raise refusal("refuse.busy", n=waiting, seconds=round(state.engine.expected_wait()))
 
     def ask(self, session: Session, text: str) -> list[Any]:
         shown = self._admit(session, lambda: chat.ask(session, text or ""))

@@ -22,6 +22,9 @@ class Streams(Protocol):
 
     info: EngineInfo
 
+    def expected_wait(self) -> float:
+        """Seconds until the turn of a request that comes now."""
+
     def load_now(self) -> tuple[int, int]:
         """(requests that run, requests that wait)."""
 

@@ -179,8 +179,8 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "zh": "您的问题仍在排队。请等待回答，或先撤回（Esc）。",
     },
     "refuse.busy": {
-        "en": "Many people are asking at the moment ({n} are waiting). Your question stays in the box; please try again in a minute.",
-        "zh": "当前提问人数较多（{n} 个请求在排队）。您的问题已保留在输入框中，请稍后再试。",
+        "en": "Many people are asking at the moment ({n} are waiting). Your question stays in the box; please try again in about {seconds} seconds.",
+        "zh": "当前提问人数较多（{n} 个请求在排队）。您的问题已保留在输入框中，请约 {seconds} 秒后再试。",
     },
     "refuse.long": {
         "en": "The question has {n} characters; at most {limit} can be sent. Please shorten it.",

@@ -127,10 +127,12 @@ def test_bounds_hold_and_every_end_is_counted_once(tmp_path) -> None:
         waiting = threading.Thread(target=lambda: list(engine.stream(ASK, SHORT)))
         waiting.start()
         until(lambda: engine.load_now() == (1, 1))
-        with pytest.raises(BusyError, match="waiting"):
+        with pytest.raises(BusyError, match="waiting") as caught:
             next(engine.stream(ASK, SHORT))
+        assert engine.expected_wait() == caught.value.retry_after > 0
         first.close()
         waiting.join()
+        assert engine.expected_wait() == 0
         until(lambda: len(outcomes) == 4)
         assert sorted(one.reason for one in outcomes) == ["cancelled", "full", "length", "visitor"]
         done = next(one for one in outcomes if one.reason == "length")

@@ -210,10 +210,7 @@ def serve_tiny(tmp_path_factory):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(serve, stream) -> None:
     served = serve(pause=0.15, slots=1)
-    body = json.dumps({**ENDLESS, "stream": stream}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    leaving = connection(served)
-    leaving.sendall(head.encode() + body)
+    leaving = begin(served, {**ENDLESS, "stream": stream})
     job = []
 
     def writing() -> bool:
@@ -228,6 +225,26 @@ def test_a_client_that_goes_away_frees_its_place(serve, stream) -> None:
     assert served.outcomes[0].reason == "cancelled"
     assert served.outcomes[0].new_tokens - seen <= 2
     assert served.client().chat.completions.create(**ASK).choices
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_while_its_prompt_is_read(serve, stream) -> None:
+    served = serve(pause=0.5, slots=1)
+    long = {"messages": [{"role": "user", "content": "cough " * 65}]}  # two pieces
+    leaving = begin(served, {**ENDLESS, **long, "stream": stream})
+    served.until(lambda: served.engine.load_now() == (1, 0))
+    leaving.close()
+    served.until(lambda: len(served.outcomes) == 1)
+    assert served.outcomes[0].reason == "cancelled" and served.outcomes[0].new_tokens == 0
+
+
+def begin(served, asked) -> socket.socket:
+    """A connection on which a request was sent."""
+    body = json.dumps(asked).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    made = connection(served)
+    made.sendall(head.encode() + body)
+    return made
 
 
 def test_who_leaves_the_queue_is_not_answered(serve) -> None:
