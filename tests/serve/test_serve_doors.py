@@ -230,7 +230,7 @@ def test_a_client_that_goes_away_frees_its_place(serve, stream) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_while_its_prompt_is_read(serve, stream) -> None:
     served = serve(pause=0.5, slots=1)
-    long = {"messages": [{"role": "user", "content": "cough " * 65}]}  # two pieces
+    long = {"messages": [{"role": "user", "content": "cough " * 50}]}  # two pieces
     leaving = begin(served, {**ENDLESS, **long, "stream": stream})
     served.until(lambda: served.engine.load_now() == (1, 0))
     leaving.close()
