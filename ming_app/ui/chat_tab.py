@@ -66,6 +66,8 @@ class ChatTab:
             self.kept,
             session,
         ]
+        self.streamed = [self.chatbot, self.panel, self.status, self.notices, self.alert]
+        """what changes while an answer is written; to say of the others that they do not would cost more than all else"""
 
     # -- layout --------------------------------------------------------------------------------------------------
 
@@ -284,7 +286,7 @@ class ChatTab:
         runs = []
         for event in asked:
             event.failure(do.show, [session], page, **QUIET)
-            run = event.success(do.answer, [session, *self.sampling.values()], page, **QUEUED)
+            run = event.success(do.answer, [session, *self.sampling.values()], self.streamed, **QUEUED)
             run.then(do.settle, [session], page, **QUIET)
             runs.append(run)
         stopped = self.stop.click(chat.stop, [session], None, **QUIET)

@@ -104,9 +104,11 @@ class _Places:
 
 
 class PlacesOnly(logging.Filter):
-    """Takes the messages of exceptions out of log records."""
+    """Takes the messages of exceptions out of log records. That a reader has gone is no news."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg == "socket.send() raised exception.":
+            return False
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         if error is not None:
             record.msg, record.args = record.getMessage().partition("\n")[0], None  # asyncio quotes it below

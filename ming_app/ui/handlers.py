@@ -150,25 +150,24 @@ class Handlers:
         return self._admit(session, lambda: chat.ask_again(session, _index(event.index)))
 
     def answer(self, session: Session, *sampling: Any) -> Iterator[list[Any]]:
-        """Streams the answer to the waiting question. The engine is freed however this generator ends."""
+        """Streams the answer to the waiting question into ChatTab.streamed. The engine is freed however this generator ends."""
         if not session.question_waits or session.status.key != "status.queued":  # what waited was taken back
             return
-        same = [gr.skip()] * 3, [gr.skip()] * 8  # the box and the buttons; all that an answer does not change
         try:
             params = sampling_params(dict(zip(self.sampling, sampling, strict=True)))
         except MingError as error:
             refuse(session, error)
-            yield self._streamed(session, same)
+            yield self._streamed(session)
             return
         params = replace(params, visitor=session.visitor)
         system = system_of(session.talk, session.lang)
         with closing(answer(self.loader.state.engine, session, params, system=system)) as steps:
             for _ in steps:
-                yield self._streamed(session, same)
+                yield self._streamed(session)
 
-    def _streamed(self, session: Session, same: tuple[list[Any], list[Any]]) -> list[Any]:
-        """What changes while an answer is written; the warning stands first and stays."""
-        return [*self._view(session), *same[0], render.alert_banner(session, self.settings.region), *same[1]]
+    def _streamed(self, session: Session) -> list[Any]:
+        """What changes while an answer is written (ChatTab.streamed); the warning stays."""
+        return [*self._view(session), render.alert_banner(session, self.settings.region)]
 
     def settle(self, session: Session) -> list[Any]:
         """After an answer, or after one that never began (its place in the queue was lost): the box gets it back."""

@@ -198,7 +198,8 @@ def test_the_warning_comes_before_the_answer_and_stays(tmp_path: Path) -> None:
     alert = shown[talk.page.chat.page.index(talk.page.chat.alert)]
     assert "heart attack" in alert and 'role="alert"' in alert
     steps = list(talk.page.do.answer(talk.session, *SAMPLING))
-    assert all("heart attack" in step[7] for step in steps)  # while it streams
+    at = talk.page.chat.streamed.index(talk.page.chat.alert)
+    assert steps and all("heart attack" in step[at] for step in steps)  # while it streams
     talk.shown = talk.page.do.settle(talk.session)
     talk.ask("thanks, what about vitamins?")
     assert "heart attack" in talk.value("alert") and "nothing" in talk.texts()[1]  # it never blocks the answer
