@@ -2,7 +2,7 @@
 
 A conversation keeps to one replica, whose memory holds it (`session_id`, which the router hashes); where that is gone or
 full, another takes over. A request whose replica goes before a word was said is asked again elsewhere; after that it ends with
-BusyError "lost". Reading closely (`turn`, `forward`) needs the model in the same process and is refused with UsageError.
+BusyError "lost". Reading closely (inspection.py) needs the model in the same process and is refused with UsageError.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -35,13 +34,14 @@ from ming_app.engine.types import (
     Timings,
     Token,
 )
-from ming_app.errors import BusyError, UsageError
+from ming_app.errors import BusyError, MingError, UsageError
 from ming_app.models.progress import ProgressCallback
 from ming_app.molora.trace import RouterTrace
 from ming_app.scale.replica import Failure
 
 POLL = 0.05  # seconds between two looks at whether a request was cancelled; each event is one too
 TRIES = 3  # replicas that are asked before a request counts as lost
+CLOSE_SECONDS = 2.0  # that readers have to hear of it
 FULL_SECONDS = 20.0  # after which to try again where every replica is full
 MOVED = (RayError, RayServeException)
 """what a handle raises when a replica, or all of them, cannot go on"""
@@ -150,14 +150,15 @@ class RemoteEngine:
         except GeneratorExit:
             asked.reason = "cancelled"
             raise
-        except BusyError as error:
-            asked.reason = error.kind
+        except MingError as error:  # one that could not be asked is none that ended
+            asked.reason = error.kind if isinstance(error, BusyError) else ""
             raise
         finally:
             with self._lock:
-                self._asked.remove(asked)
+                self._asked = [one for one in self._asked if one is not asked]
                 self._lock.notify_all()
-            self._told(asked.outcome())
+            if asked.reason:
+                self._told(asked.outcome())
 
     def _events(
         self, asked: _Asked, messages: list[Message], params: SamplingParams, cancel: threading.Event
@@ -170,10 +171,11 @@ class RemoteEngine:
             except BackPressureError:
                 raise BusyError.full(self.load_now()[1], FULL_SECONDS) from None
             except BusyError as error:
-                moving = error.kind == "closing"
+                if error.kind != "closing":
+                    raise
             except MOVED:
-                moving = True
-            if not moving or asked.start is not None or self._closed or attempt == TRIES - 1:
+                pass
+            if asked.start is not None or self._closed or attempt == TRIES - 1:
                 raise BusyError.lost()
             time.sleep(POLL)
 
@@ -292,21 +294,29 @@ class RemoteEngine:
         """Tokens of a text on its own."""
         return len(self.tokenizer.encode_text(text))
 
-    def changes(self, interventions: Sequence[Intervention], bias: np.ndarray | None = None) -> NoReturn:
+    @property
+    def backend(self) -> NoReturn:
         """What reading closely asks for first."""
         raise _far()
 
     def turn(self) -> NoReturn:
-        raise _far()
-
-    def forward(self, *args: Any, **options: Any) -> NoReturn:
+        """As `backend`."""
         raise _far()
 
     def close(self) -> None:
         """Ends what runs; the replicas stay."""
-        self._closed = True
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(lambda: None)
+        with self._lock:
+            self._closed = True
+            self._lock.wait_for(lambda: not self._asked, CLOSE_SECONDS)
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
+
+    async def _stop(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=CLOSE_SECONDS)
+        self._loop.stop()
 
 
 def conversation(messages: Sequence[Message], visitor: str) -> str:

@@ -157,10 +157,10 @@ class EngineReplica:
         elif time.monotonic() - self._heard > STALLED_SECONDS:
             raise RuntimeError(f"no event for {STALLED_SECONDS:.0f} seconds")
 
-    async def __del__(self) -> None:
+    def __del__(self) -> None:
         """Serve calls this once the answers have ended."""
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.close)
+            self._engine.close()
             self._engine = None
 
     def _ready(self) -> Engine:
