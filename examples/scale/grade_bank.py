@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ming_app.engine.engine import Engine
 from ming_app.exam.bank import Shelf
 from ming_app.exam.candidate import Attempt, report, sit_exam, spread
 from ming_app.exam.formats import ReadOptions, read_bank
@@ -27,10 +28,8 @@ BATCH = 16  # questions that an actor takes at a time; it reads eight of them to
 class Candidate:
     """One actor: an Engine that sits what it is given."""
 
-    def __init__(self, settings: dict[str, Any], shuffles: int):
-        from ming_app.engine.engine import Engine
-
-        self.engine, self.shuffles = Engine.load(Settings.load(settings)), shuffles
+    def __init__(self, settings: Settings, shuffles: int):
+        self.engine, self.shuffles = Engine.load(settings), shuffles
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Rows of a pickled question and its place; back come the place and the attempt, as JSON ("" where it was too long)."""
@@ -40,13 +39,17 @@ class Candidate:
         return {"at": batch["at"], "attempt": [made.get(question.key, "") for question, _ in asked]}
 
 
-def grade(bank: str, settings: dict[str, Any], *, engines: int, limit: int = 0, shuffles: int = 0) -> dict[str, Any]:
+def grade(bank: str, settings: Settings, *, engines: int, limit: int = 0, shuffles: int = 0) -> dict[str, Any]:
     """The report of `exam grade`, its attempts, and questions per second."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     path = Path(bank)
-    questions = read_bank(path.read_bytes(), path.name, ReadOptions()).questions if path.is_file() else Shelf().open(bank).questions
+    questions = (
+        read_bank(path.read_bytes(), path.name, ReadOptions()).questions
+        if path.is_file()
+        else Shelf().open(bank).questions
+    )
     asked = spread(questions, limit)
     rows = [{"at": at, "question": pickle.dumps(one)} for at, one in enumerate(asked)]
     began = time.monotonic()
@@ -56,7 +59,7 @@ def grade(bank: str, settings: dict[str, Any], *, engines: int, limit: int = 0, 
         fn_constructor_kwargs={"settings": settings, "shuffles": shuffles},
         batch_size=BATCH,
         compute=ray.data.ActorPoolStrategy(size=engines),
-        num_cpus=settings.get("threads") or 1,
+        num_cpus=settings.threads or 1,
     )
     found = sorted(answered.take_all(), key=lambda row: row["at"])
     attempts = [Attempt(**json.loads(row["attempt"])) for row in found if row["attempt"]]
@@ -80,11 +83,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of one engine, and the CPUs that ray keeps for it")
     parser.add_argument("--out", help="JSON lines, one an answer")
     args = parser.parse_args()
-    settings = {name: getattr(args, name) for name in ("model", "adapter", "precision", "threads") if getattr(args, name)}
+    settings = Settings.load({name: getattr(args, name) for name in ("model", "adapter", "precision", "threads")})
     found = grade(args.bank, settings, engines=args.engines, limit=args.limit, shuffles=args.shuffles)
     attempts = found.pop("attempts")
     if args.out:
-        Path(args.out).write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in attempts), encoding="utf-8")
+        Path(args.out).write_text(
+            "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in attempts), encoding="utf-8"
+        )
     print(json.dumps(found, indent=1, ensure_ascii=False))
 
 

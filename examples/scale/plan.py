@@ -108,8 +108,15 @@ def parser() -> argparse.ArgumentParser:
     add("--utilisation", type=positive, default=0.7, help="of a replica at the peak; above, waiting grows fast")
     add("--machine-cores", type=positive, default=8)
     add("--machine-memory", type=positive, default=32, help="GB")
-    add("--price", type=positive, default=CPU_PRICE, help="$/h of a machine; a CPU-upgrade Space, documented 2026-08-22")
-    add("--gpu-tokens-per-second", type=positive, default=0, help="of one GPU, all its answers together: yours, measured")
+    add(
+        "--price", type=positive, default=CPU_PRICE, help="$/h of a machine; a CPU-upgrade Space, documented 2026-08-22"
+    )
+    add(
+        "--gpu-tokens-per-second",
+        type=positive,
+        default=0,
+        help="of one GPU, all its answers together: yours, measured",
+    )
     add("--gpu-price", type=positive, default=GPU_PRICE, help="$/h of a GPU; an L4 Space, documented 2026-08-22")
     add("--json", action="store_true")
     return made

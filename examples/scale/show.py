@@ -39,7 +39,9 @@ async def ask(client: httpx.AsyncClient, messages: list[dict[str, str]], name: s
     """One answer; its text, "" where it failed."""
     asked = {"messages": messages, "stream": True, "max_tokens": most, "user": name, "temperature": 0}
     text, began, end = "", time.monotonic(), "cut off"
-    async with client.stream("POST", "/v1/chat/completions", json=asked | {"stream_options": {"include_usage": True}}) as sent:
+    async with client.stream(
+        "POST", "/v1/chat/completions", json=asked | {"stream_options": {"include_usage": True}}
+    ) as sent:
         if sent.status_code != 200:
             await sent.aread()
             seen.ends[f"{sent.status_code} {sent.json()['error']['code']}"] += 1
@@ -93,7 +95,9 @@ def kill_one() -> int:
 async def run(args: argparse.Namespace) -> dict[str, Any]:
     seen, began = Seen(), time.monotonic()
     key = {"Authorization": f"Bearer {args.key}"} if args.key else {}
-    async with httpx.AsyncClient(base_url=args.url, timeout=300, headers=key, limits=httpx.Limits(max_connections=None)) as client:
+    async with httpx.AsyncClient(
+        base_url=args.url, timeout=300, headers=key, limits=httpx.Limits(max_connections=None)
+    ) as client:
         work = [visitor(client, i, began + args.seconds, args.tokens, seen) for i in range(args.visitors)]
         everybody = asyncio.gather(*work)
         if args.kill_after:

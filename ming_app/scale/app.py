@@ -43,11 +43,15 @@ def build(args: dict[str, Any]) -> Application:
         health_check_period_s=5,
         logging_config=QUIET,
     )
-    seen = {**given, "streams": min(settings.streams * most, 256), "max_queue": min(waiting * most + settings.max_queue, 100_000)}
+    seen = {
+        **given,
+        "streams": min(settings.streams * most, 256),
+        "max_queue": min(waiting * most + settings.max_queue, 100_000),
+    }
 
     def front() -> Any:
-        from ming_app.serve.app import build_app
         from ming_app.scale.remote import RemoteEngine
+        from ming_app.serve.app import build_app
         from ming_app.ui.loader import EngineLoader
 
         here = cluster_settings(seen)

@@ -28,7 +28,6 @@ from ming_app.engine.types import (
     Intervention,
     Message,
     Outcome,
-    Queued,
     SamplingParams,
     Start,
     Timings,
@@ -102,7 +101,9 @@ class _Asked:
         read = None if self.start is None else self.start.trace
         if read is None:
             return None
-        rows = [(one.experts, one.weights) for one in self.tokens if one.experts is not None and one.weights is not None]
+        rows = [
+            (one.experts, one.weights) for one in self.tokens if one.experts is not None and one.weights is not None
+        ]
         return replace(
             read,
             experts=np.concatenate([read.experts, *(experts for experts, _ in rows)]),

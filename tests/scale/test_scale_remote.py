@@ -9,18 +9,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-pytest.importorskip("ray", reason="ray is not installed (requirements-scale.txt)")
-
 import httpx
-from ray.exceptions import ActorDiedError
-from ray.serve.exceptions import BackPressureError
+import pytest
 
 from ming_app.engine.inspection import inspect
 from ming_app.engine.types import Finish, Message, Outcome, Queued, SamplingParams, Start, Token
 from ming_app.errors import BusyError, PromptTooLongError, UsageError
-from ming_app.scale.remote import RemoteEngine, conversation
 from ming_app.scale.replica import Failure
 from ming_app.ui.answer import answer
 from ming_app.ui.chat import Session, ask
@@ -29,6 +23,9 @@ from tests.engine.tiny_engine import tiny_engine
 from tests.fakes import FakeEngine, long_text
 from tests.serve.conftest import run_server, settings, stop
 
+WHY = "ray is not installed (requirements-scale.txt)"
+scale = pytest.importorskip("ming_app.scale.remote", reason=WHY)
+ray, serve = pytest.importorskip("ray.exceptions", reason=WHY), pytest.importorskip("ray.serve.exceptions", reason=WHY)
 QUESTION = [Message("user", "What is anaemia?")]
 PARAMS = SamplingParams(100)
 
@@ -99,13 +96,13 @@ class Handle:
         return self.responses[-1]
 
 
-def dead() -> ActorDiedError:
-    return ActorDiedError()
+def dead() -> Exception:
+    return ray.ActorDiedError()
 
 
-def remote(engine: Any = None, **options: Any) -> tuple[RemoteEngine, Handle, list[Outcome]]:
+def remote(engine: Any = None, **options: Any) -> tuple[Any, Handle, list[Outcome]]:
     handle = Handle(engine or FakeEngine(long_text(20)))
-    made, told = RemoteEngine(handle, **options), []
+    made, told = scale.RemoteEngine(handle, **options), []
     made.on_end(told.append)
     return made, handle, told
 
@@ -125,12 +122,17 @@ def test_events_are_the_replicas_and_are_counted() -> None:
 def test_a_conversation_keeps_its_name_and_others_have_others() -> None:
     first = [Message("system", "Be brief."), Message("user", "贫血？")]
     later = [*first, Message("assistant", "…"), Message("user", "Why?")]
-    assert conversation(first, "me") == conversation(later, "me")
-    names = {conversation(first, "me"), conversation(first, "you"), conversation(first[1:], "me"), conversation(QUESTION, "me")}
+    assert scale.conversation(first, "me") == scale.conversation(later, "me")
+    names = {
+        scale.conversation(first, "me"),
+        scale.conversation(first, "you"),
+        scale.conversation(first[1:], "me"),
+        scale.conversation(QUESTION, "me"),
+    }
     assert len(names) == 4 and not any("贫血" in name for name in names)
     engine, handle, _ = remote()
     list(engine.stream(later, PARAMS))
-    assert handle.sessions == [conversation(first, "")]
+    assert handle.sessions == [scale.conversation(first, "")]
 
 
 def test_a_replica_that_dies_before_a_word_is_replaced_unnoticed() -> None:
@@ -160,7 +162,7 @@ def test_where_no_replica_is_left_it_gives_up() -> None:
 
 def test_full_replicas_are_a_full_queue() -> None:
     engine, handle, told = remote()
-    handle.plan = [(0, BackPressureError(40, 40))]
+    handle.plan = [(0, serve.BackPressureError(40, 40))]
     with pytest.raises(BusyError) as raised:
         list(engine.stream(QUESTION, PARAMS))
     assert raised.value.kind == "full" and raised.value.retry_after > 0 and [one.reason for one in told] == ["full"]
@@ -224,7 +226,12 @@ def test_one_visitor_may_have_so_many_and_draining_takes_none() -> None:
     assert engine.drain(1)
     with pytest.raises(BusyError) as raised:
         next(engine.stream(QUESTION, SamplingParams(5, visitor="you")))
-    assert raised.value.kind == "closing" and {one.reason for one in told} == {"visitor", "closing", "cancelled", "length"}
+    assert raised.value.kind == "closing" and {one.reason for one in told} == {
+        "visitor",
+        "closing",
+        "cancelled",
+        "length",
+    }
 
 
 def test_closing_ends_what_runs() -> None:
@@ -272,12 +279,14 @@ def test_the_page_says_it_and_gives_the_question_back() -> None:
 def test_the_api_says_503_or_an_event_of_the_stream(tmp_path: Path) -> None:
     with tiny_engine(tmp_path / "model") as model:
         handle = Handle(model, model.tokenizer)
-        served = run_server(EngineLoader.of(RemoteEngine(handle)), settings(tmp_path))
+        served = run_server(EngineLoader.of(scale.RemoteEngine(handle)), settings(tmp_path))
         try:
             body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 50}
             handle.plan = [(4, dead()), (4, dead())]
             whole = httpx.post(f"{served.url}/v1/chat/completions", json=body)
-            assert whole.status_code == 503 and whole.json()["error"]["code"] == "lost" and "Retry-After" in whole.headers
+            assert (
+                whole.status_code == 503 and whole.json()["error"]["code"] == "lost" and "Retry-After" in whole.headers
+            )
             streamed = httpx.post(f"{served.url}/v1/chat/completions", json=body | {"stream": True})
             assert streamed.status_code == 200 and '"code": "lost"' in streamed.text and "[DONE]" not in streamed.text
             again = httpx.post(f"{served.url}/v1/chat/completions", json=body)

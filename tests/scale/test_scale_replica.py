@@ -99,7 +99,11 @@ def test_refusals_travel_as_values(run: Any) -> None:
 
     run(work)
     busy = pickle.loads(pickle.dumps(Failure.of(BusyError.full(3, 12.0)))).error()
-    assert isinstance(busy, BusyError) and (busy.kind, busy.retry_after, busy.zh) == ("full", 12.0, BusyError.full(3, 12).zh)
+    assert isinstance(busy, BusyError) and (busy.kind, busy.retry_after, busy.zh) == (
+        "full",
+        12.0,
+        BusyError.full(3, 12).zh,
+    )
 
 
 def test_a_bug_is_named_without_anybodys_words(caplog: pytest.LogCaptureFixture) -> None:
