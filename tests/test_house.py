@@ -143,7 +143,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 
 def third_party_imports(*roots: str) -> dict[str, Path]:
     """Top-level import name -> a file that imports it, for what is neither ours nor Python's."""
-    own = {"ming_app", "training", "tests", "app"} | {file.stem for file in (ROOT / "tests").rglob("*.py")}
+    own = {"ming_app", "training", "tests", "examples", "app"} | {file.stem for file in (ROOT / "tests").rglob("*.py")}
     found: dict[str, Path] = {}
     files = [f for root in roots for f in ([ROOT / root] if root.endswith(".py") else (ROOT / root).rglob("*.py"))]
     for file in files:
@@ -162,17 +162,17 @@ def normal(name: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("roots", "file"),
+    ("roots", "files"),
     [
-        (("ming_app", "app.py"), "requirements-bench.txt"),
-        (("training",), "requirements-eval.txt"),
-        (("tests",), "requirements-dev.txt"),
+        (("ming_app", "app.py"), ("requirements-bench.txt", "requirements-scale.txt")),
+        (("training",), ("requirements-eval.txt",)),
+        (("tests", "examples"), ("requirements-dev.txt", "requirements-scale.txt")),
     ],
 )
-def test_every_import_is_required(roots: tuple[str, ...], file: str) -> None:
-    required = {normal(name) for name in requirements(file)}
+def test_every_import_is_required(roots: tuple[str, ...], files: tuple[str, ...]) -> None:
+    required = {normal(name) for file in files for name in requirements(file)}
     for name, where in third_party_imports(*roots).items():
-        assert normal(name) in required, f"{where.relative_to(ROOT)} imports {name}, which {file} lacks"
+        assert normal(name) in required, f"{where.relative_to(ROOT)} imports {name}, which {files} lack"
 
 
 def test_every_requirement_is_imported_and_explained() -> None:
@@ -194,6 +194,13 @@ def test_only_the_benchmark_imports_llama() -> None:
     importing = third_party_imports("ming_app", "training", "app.py")["llama_cpp"]
     assert importing.parent == ROOT / "ming_app" / "bench"
     assert not any("llama" in name for name in requirements())
+
+
+def test_only_many_machines_import_ray() -> None:
+    folders = {ROOT / "ming_app" / "scale", ROOT / "examples" / "scale"}
+    files = [f for root in ("ming_app", "training", "examples") for f in (ROOT / root).rglob("*.py")]
+    importing = {f.parent for f in files if re.search(r"^\s*(import|from) ray\b", text_of(f) or "", re.MULTILINE)}
+    assert importing == folders and "ray" not in requirements() and "ray" in requirements("requirements-scale.txt")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -227,8 +234,8 @@ def test_no_registry_host_and_no_local_path_in_any_text() -> None:
 
 
 def test_imports_run_one_way() -> None:
-    """molora <- models <- engine <- router, exam <- ui, cli; and nothing but ui imports gradio."""
-    order = {"molora": 0, "models": 1, "engine": 2, "router": 3, "exam": 3, "ui": 4, "bench": 4}
+    """molora <- models <- engine <- router, exam <- ui, bench <- serve <- scale; and nothing but ui imports gradio."""
+    order = {"molora": 0, "models": 1, "engine": 2, "router": 3, "exam": 3, "ui": 4, "bench": 4, "serve": 5, "scale": 6}
     for path in (ROOT / "ming_app").rglob("*.py"):
         room = path.relative_to(ROOT / "ming_app").parts[0]
         text = path.read_text(encoding="utf-8")

@@ -80,16 +80,16 @@ async def visitor(client: httpx.AsyncClient, number: int, until: float, most: in
             messages.append({"role": "assistant", "content": text})
 
 
-def kill_one() -> int:
-    """Kills the replica that has the most to do, without warning; its process."""
+def kill_one() -> str:
+    """Kills the replica that has the most to do, without warning; says what it had."""
     import ray
     from ray import serve
 
     ray.init(address="auto", log_to_driver=False, logging_level="error")
     replicas = serve.get_deployment_handle("EngineReplica", "ming").broadcast("look").results()
-    pid = max(replicas, key=lambda one: one["running"])["pid"]
-    os.kill(pid, signal.SIGKILL)
-    return pid
+    busiest = max(replicas, key=lambda one: one["running"] + one["waiting"])
+    os.kill(busiest["pid"], signal.SIGKILL)
+    return f"(killed a replica with {busiest['running'] + busiest['waiting']} answers)"
 
 
 async def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +102,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         everybody = asyncio.gather(*work)
         if args.kill_after:
             await asyncio.sleep(args.kill_after)
-            seen.ends[f"(killed process {await asyncio.to_thread(kill_one)})"] += 1
+            seen.ends[await asyncio.to_thread(kill_one)] += 1
         await everybody
     spent, first = time.monotonic() - began, sorted(seen.first) or [0.0]
     return {

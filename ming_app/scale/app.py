@@ -27,6 +27,7 @@ def build(args: dict[str, Any]) -> Application:
     most = int(given.pop("max_replicas", MAX_REPLICAS))
     settings = cluster_settings(given)
     waiting = min(settings.streams, settings.max_queue)
+    by_session = RequestRouterConfig(request_router_class=ROUTER, request_router_kwargs={"num_fallback_replicas": most})
     replica = serve.deployment(EngineReplica).options(
         name=NAME,
         user_config={},
@@ -35,15 +36,14 @@ def build(args: dict[str, Any]) -> Application:
         autoscaling_config=AutoscalingConfig(
             min_replicas=1, max_replicas=most, target_ongoing_requests=settings.streams, downscale_delay_s=300
         ),
-        request_router_config=RequestRouterConfig(
-            request_router_class=ROUTER, request_router_kwargs={"num_fallback_replicas": most}
-        ),
+        request_router_config=by_session,
         graceful_shutdown_timeout_s=settings.drain_seconds + 10,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
         logging_config=QUIET,
     )
     seen = {
+        "progress": "browser",  # Serve listens, and these settings do not know to whom
         **given,
         "streams": min(settings.streams * most, 256),
         "max_queue": min(waiting * most + settings.max_queue, 100_000),
@@ -61,10 +61,13 @@ def build(args: dict[str, Any]) -> Application:
         loader.start()
         return app
 
-    page = serve.deployment(serve.ingress(front)()).options(
+    page = serve.deployment(
+        serve.ingress(front)()
+    ).options(
         name="Front",
         num_replicas=1,
         max_ongoing_requests=FRONT_REQUESTS,
+        request_router_config=by_session,  # by the header x-session-id, which the page needs where there are several fronts
         graceful_shutdown_timeout_s=settings.drain_seconds + 10,
         ray_actor_options={"num_cpus": 0},
         logging_config=QUIET,

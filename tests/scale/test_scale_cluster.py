@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import yaml
 from examples.scale import show
 from examples.scale.grade_bank import grade
 from ming_app.engine.engine import Engine
+from ming_app.engine.types import Message, SamplingParams
 from ming_app.exam.bank import Shelf
 from ming_app.exam.candidate import sit_exam, spread
 from ming_app.molora.checkpoint import save_adapter
@@ -32,6 +34,8 @@ from tests.tiny import make_adapter, write_base
 
 WHY = "ray is not installed (requirements-scale.txt)"
 ray, serve = pytest.importorskip("ray", reason=WHY), pytest.importorskip("ray.serve", reason=WHY)
+scale = pytest.importorskip("ming_app.scale.app", reason=WHY)
+remote = pytest.importorskip("ming_app.scale.remote", reason=WHY)
 ROOT = Path(__file__).resolve().parents[2]
 CLI = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
 WORDS = "what-nobody-may-log"
@@ -148,20 +152,22 @@ def test_a_client_that_goes_away_frees_the_replica(cluster: Cluster) -> None:
 
 
 def test_a_killed_replica_costs_its_own_answers_only(cluster: Cluster) -> None:
-    seen = show.Seen()
+    seen, had = show.Seen(), 0
 
     async def work() -> None:
+        nonlocal had
         async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as client:
             until = time.monotonic() + 6
             visitors = [asyncio.create_task(show.visitor(client, i, until, 60, seen)) for i in range(6)]
             await asyncio.sleep(2)
             busiest = max(await asyncio.to_thread(cluster.replicas), key=lambda one: one["running"])
+            had = busiest["running"] + busiest["waiting"]
             os.kill(busiest["pid"], signal.SIGKILL)
             await asyncio.gather(*visitors)
 
     asyncio.run(work())
     lost = seen.ends["error event lost"] + seen.ends["503 lost"]
-    assert lost <= 6 and set(seen.ends) <= {"stop", "length", "error event lost", "503 lost"}, seen.ends
+    assert lost <= had + 1 and set(seen.ends) <= {"stop", "length", "error event lost", "503 lost"}, seen.ends
     assert seen.ends["stop"] + seen.ends["length"] > 10
     cluster.until(cluster.ready, 90)  # another took its place
 
@@ -206,3 +212,43 @@ def test_nobodys_words_are_logged(cluster: Cluster) -> None:
         cluster.ask(question(WORDS * 100))
     logs = sorted(Path(path) for path in cluster.logs.rglob("*") if path.is_file())
     assert logs and [path for path in logs if WORDS.encode() in path.read_bytes()] == []
+
+
+def test_two_replicas_write_twice_as_much_where_cores_do_not_bind(cluster: Cluster) -> None:
+    """Each step of the model takes 30 ms longer, asleep: what the cluster adds is then not hidden by a busy processor."""
+    values = dict(cluster.config["applications"][0]["args"], adapter=str(cluster.folder / "old"))
+    del values["max_replicas"]
+
+    def slow(settings: Any) -> Any:
+        engine = Engine.load(settings)
+        forward = engine.backend.forward
+        engine.backend.forward = lambda *a, **o: (time.sleep(0.03), forward(*a, **o))[1]  # type: ignore[method-assign]
+        return engine
+
+    def rate(replicas: int) -> float:
+        made = serve.deployment(scale.EngineReplica).options(
+            num_replicas=replicas,
+            user_config={},
+            max_ongoing_requests=16,
+            request_router_config=ray.serve.config.RequestRouterConfig(request_router_class=scale.ROUTER),
+            ray_actor_options={"num_cpus": 0},
+        )
+        handle = serve.run(made.bind(values, slow), name="slow", route_prefix=None)
+        engine, written = remote.RemoteEngine.connect(handle), []
+        params = SamplingParams(40, temperature=0, repetition_penalty=1.0)
+
+        def ask(number: int) -> None:
+            *_, last = engine.stream([Message("user", f"question {number}")], params)
+            written.append(last.new_tokens)
+
+        began = time.monotonic()
+        with ThreadPoolExecutor(32) as pool:
+            list(pool.map(ask, range(64)))
+        spent = time.monotonic() - began
+        engine.close()
+        serve.delete("slow")
+        return sum(written) / spent
+
+    one, two = rate(1), rate(2)
+    print(f"{one:.0f} tokens/s with one replica, {two:.0f} with two")
+    assert two > 1.4 * one, (one, two)
