@@ -74,6 +74,7 @@ def assumptions(engine: dict[str, float], a: argparse.Namespace) -> list[str]:
         f"assumed: a machine has {a.machine_cores:g} cores and {a.machine_memory:g} GB, costs ${a.price:g}/h, and as many replicas as "
         "fit do not slow each other down (not measured: they share its memory's bandwidth)",
         "assumed: sized for the peak at all hours; a conversation stays on its replica, so that only new tokens are read",
+        "not counted: the page and API in front of the replicas, whose own limit was not measured",
         gpu,
     ]
 

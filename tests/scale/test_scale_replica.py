@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from examples.scale import plan
 from ming_app.engine.engine import Engine
@@ -23,6 +25,7 @@ from ming_app.scale.replica import FAILURES, EngineReplica, Failure, cluster_set
 from ming_app.settings import Settings
 from tests.engine.tiny_engine import tiny_engine
 
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION = [Message("user", "What is anaemia?")]
 GREEDY = SamplingParams(200, temperature=0, repetition_penalty=1.0)
 
@@ -242,6 +245,29 @@ def test_a_gpu_is_planned_for_only_where_its_figure_is_given(capsys: pytest.Capt
     assert "gpus" not in found["rows"][0] and any("not measured a GPU" in line for line in found["assumptions"])
     (row,) = planned(capsys, "--users", "1000000", "--gpu-tokens-per-second", "900")["rows"]
     assert row["gpus"] == 69 and row["gpu_dollars_per_month"] == pytest.approx(69 * 0.8 * 730)
+
+
+def test_the_table_of_the_readme_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "examples" / "scale" / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- plan:begin.*?-->\n[^\n]*\n[^\n]*\n(.*?)\n<!-- plan:end -->", text, re.DOTALL)
+    lines = [
+        f"| {row['users']:,} | {row['answers_at_a_time']:,.2f} | {row['tokens_per_second']:,.1f} | {row['replicas']} | "
+        f"{row['machines']} | {row['dollars_per_month']:,.0f} |"
+        for row in planned(capsys)["rows"]
+    ]
+    assert shown and shown[1] == "\n".join(lines)
+
+
+def test_the_configuration_names_settings_and_a_builder() -> None:
+    (app,) = yaml.safe_load((ROOT / "examples" / "scale" / "serve.yaml").read_text(encoding="utf-8"))["applications"]
+    module, name = app["import_path"].split(":")
+    assert f"def {name}(" in (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    values = {key: value for key, value in app["args"].items() if key != "max_replicas"}
+    settings = cluster_settings(values)
+    (engines,) = app["deployments"]
+    assert engines["name"] == EngineReplica.__name__ and engines["ray_actor_options"]["num_cpus"] == settings.threads
+    assert engines["autoscaling_config"]["target_ongoing_requests"] == settings.streams
+    assert engines["autoscaling_config"]["max_replicas"] == app["args"]["max_replicas"]
 
 
 def test_the_table_and_wrong_numbers(capsys: pytest.CaptureFixture[str]) -> None:
