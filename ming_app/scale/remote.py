@@ -185,6 +185,7 @@ class RemoteEngine:
     ) -> Iterator[Event]:
         arrived: queue.SimpleQueue[list[Any] | BaseException] = queue.SimpleQueue()
         reading = asyncio.run_coroutine_threadsafe(self._read(session, messages, params, arrived), self._loop)
+        over = False
         try:
             while True:
                 try:
@@ -193,6 +194,7 @@ class RemoteEngine:
                     items = []
                 if isinstance(items, BaseException):
                     raise items
+                over = bool(items) and isinstance(items[-1], Finish | Failure)
                 for item in items:
                     if cancel.is_set():
                         break
@@ -208,7 +210,8 @@ class RemoteEngine:
                     yield asked.cut("cancelled" if cancel.is_set() else "closing")
                     return
         finally:
-            reading.cancel()
+            if not over:
+                reading.cancel()
 
     async def _read(
         self,
