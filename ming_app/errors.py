@@ -69,7 +69,7 @@ class StoppedError(MingError):
 
 class BusyError(MingError):
     """The model cannot take the request now. `kind`: "full" (too many wait), "visitor" (too many of one visitor's), "closing"
-    (the server stops). `retry_after`: seconds after which trying again may work."""
+    (the server stops), "lost" (the machine that was answering is gone). `retry_after`: seconds after which trying again may work."""
 
     def __init__(self, kind: str, retry_after: float, en: str, zh: str):
         super().__init__(en, zh)
@@ -100,6 +100,15 @@ class BusyError(MingError):
             10,
             "The server is being stopped and takes no new requests. Please try again in a moment.",
             "服务器正在停止，不再受理新请求。请稍后再试。",
+        )
+
+    @classmethod
+    def lost(cls) -> BusyError:
+        return cls(
+            "lost",
+            2,
+            "The machine that was answering is no longer there, so this answer ended. Another takes over: please ask again.",
+            "正在作答的机器已不可用，本次回答中断。其他机器会接替，请重新提问。",
         )
 
 

@@ -165,9 +165,9 @@ def normal(name: str) -> str:
 @pytest.mark.parametrize(
     ("roots", "files"),
     [
-        (("ming_app", "app.py"), ("requirements-bench.txt", "requirements-mcp.txt")),
+        (("ming_app", "app.py"), ("requirements-bench.txt", "requirements-mcp.txt", "requirements-scale.txt")),
         (("training",), ("requirements-eval.txt",)),
-        (("tests", "examples"), ("requirements-dev.txt",)),
+        (("tests", "examples"), ("requirements-dev.txt", "requirements-scale.txt")),
     ],
 )
 def test_every_import_is_required(roots: tuple[str, ...], files: tuple[str, ...]) -> None:
@@ -202,6 +202,13 @@ def test_only_the_tool_server_imports_mcp() -> None:
     assert "mcp" not in requirements()
 
 
+def test_only_many_machines_import_ray() -> None:
+    folders = {ROOT / "ming_app" / "scale", ROOT / "examples" / "scale"}
+    files = [f for root in ("ming_app", "training", "examples") for f in (ROOT / root).rglob("*.py")]
+    importing = {f.parent for f in files if re.search(r"^\s*(import|from) ray\b", text_of(f) or "", re.MULTILINE)}
+    assert importing == folders and "ray" not in requirements() and "ray" in requirements("requirements-scale.txt")
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -233,8 +240,8 @@ def test_no_registry_host_and_no_local_path_in_any_text() -> None:
 
 
 def test_imports_run_one_way() -> None:
-    """molora <- models <- engine <- router, exam <- ui, bench <- serve; and nothing but ui imports gradio."""
-    order = {"molora": 0, "models": 1, "engine": 2, "router": 3, "exam": 3, "ui": 4, "bench": 4, "serve": 5}
+    """molora <- models <- engine <- router, exam <- ui, bench <- serve <- scale; and nothing but ui imports gradio."""
+    order = {"molora": 0, "models": 1, "engine": 2, "router": 3, "exam": 3, "ui": 4, "bench": 4, "serve": 5, "scale": 6}
     for path in (ROOT / "ming_app").rglob("*.py"):
         room = path.relative_to(ROOT / "ming_app").parts[0]
         text = path.read_text(encoding="utf-8")

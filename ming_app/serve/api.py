@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from ming_app.engine.types import Event, Queued
+from ming_app.engine.types import Event, Queued, Start
 from ming_app.serve.answers import events
 from ming_app.serve.completions import Completion, fingerprint
 from ming_app.serve.errors import ApiError, api_error, invalid, unavailable
@@ -130,18 +130,21 @@ class Api:
         )
         stream = events(engine, messages, params)
         if not asked.stream:
-            return await _while_connected(request, self._whole(stream, completion)) or GONE
+            return await _while_connected(request, self._whole(engine, stream, completion)) or GONE
         first = await _while_connected(request, anext(stream))  # a refusal has its status
         if first is None:
             await stream.aclose()
             return GONE
+        completion.info = engine.info  # of several engines it is now known which one answers
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         sent = _server_sent(first, stream, completion, lang, usage)
         return StreamingResponse(sent, media_type="text/event-stream", headers=SSE)
 
-    async def _whole(self, stream: AsyncGenerator[Event], completion: Completion) -> Response:
+    async def _whole(self, engine: Any, stream: AsyncGenerator[Event], completion: Completion) -> Response:
         async with aclosing(stream):
             async for event in stream:
+                if isinstance(event, Start):
+                    completion.info = engine.info
                 if not isinstance(event, Queued):
                     completion.take(event)
         return JSONResponse(await run_in_threadpool(completion.whole))

@@ -161,7 +161,8 @@ class Completion:
 
 def fingerprint(info: EngineInfo) -> str:
     """Changes with weights, precision and backend, as far as they change answers."""
-    return f"fp_{info.fingerprint[:12]}_{info.backend}_{info.precision}"
+    weights = "_".join(part[:12] for part in info.fingerprint.split("+"))  # base, and adapter where there is one
+    return f"fp_{weights}_{info.backend}_{info.precision}"
 
 
 def _warning(messages: Sequence[Message], region: str) -> dict[str, str] | None:

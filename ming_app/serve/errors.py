@@ -49,8 +49,8 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):
-        if error.kind == "closing":
-            return unavailable("closing", error.retry_after, error.en, error.zh)
+        if error.kind in ("closing", "lost"):
+            return unavailable(error.kind, error.retry_after, error.en, error.zh)
         code = "queue_full" if error.kind == "full" else "too_many_requests"
         return ApiError(429, "rate_limit_error", code, error.en, error.zh, retry_after=error.retry_after)
     if isinstance(error, PromptTooLongError):
