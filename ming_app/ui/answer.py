@@ -79,6 +79,7 @@ def answer(
         if pump is not None:
             pump.close()
         session.run = None
+        writer.drop_wordless()
         session.continuing = False
         try:
             keep(session, *writer.written)
@@ -185,6 +186,15 @@ class _Writer:
         self.part = self.parts.pop(0)
         self.raw += ("\n\n" if self.raw and part.head else "") + part.head
 
+    def drop_wordless(self) -> None:
+        """An answer that was cut before its first word is none: its question waits again, for the box to get it back."""
+        session = self.session
+        if not self.added or session.continuing or self.turn.text.strip() or self.turn.reason == "stop":
+            return
+        if session.talk is self.talk and session.turns and session.turns[-1] is self.turn:
+            take_back(session)
+            self.added = False
+
     @property
     def written(self) -> list[Turn]:
         """The answer, once it has begun, and its question."""
@@ -215,7 +225,7 @@ class _Writer:
                 self._finish(event)
                 return True
             case None if self.waiting:
-                return False
+                return self._due(1.0)  # a reader who has gone is only noticed when something is sent
             case None if not self.prompt_tokens:
                 self.session.status = Note("status.reading", {"seconds": int(self.clock() - self.begin)})
                 return True
@@ -251,9 +261,9 @@ class _Writer:
         if self.live is not None and event.experts is not None and event.weights is not None:
             self.live.extend(event.tokens, event.experts, event.weights)
 
-    def _due(self) -> bool:
+    def _due(self, seconds: float = TEXT_SECONDS) -> bool:
         now = self.clock()
-        if now - self.shown < TEXT_SECONDS:
+        if now - self.shown < seconds:
             return False
         start = loop_start(self.raw)
         if start is not None and self.session.run is not None:  # it only repeats itself: ended, once said

@@ -195,7 +195,7 @@ def stop(session: Session, timeout: float = 10.0) -> None:
     if run is not None:
         run.stop.set()
         run.done.wait(timeout)
-    elif session.continuing:
+    if session.continuing and run is None:
         session.continuing = False
         session.status = Note("status.stopped")
     elif session.question_waits:

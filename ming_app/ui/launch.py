@@ -40,6 +40,9 @@ POLICY = (
     "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'"
 )
 """Gradio needs inline scripts and `new Function`; what matters here is that no other host can be reached."""
+SESSIONS = 300
+"""visitors that Gradio remembers, about 1 MB each, long after they have gone; who is forgotten and comes back begins anew, with
+the conversations that disk or browser keep"""
 HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
 
 
@@ -102,6 +105,7 @@ def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
         "share": False,
         "strict_cors": True,
         "max_threads": max_threads(settings),
+        "state_session_capacity": SESSIONS,
         **page_options(settings),
         **options,
     }
@@ -119,6 +123,7 @@ def mount(app: FastAPI, blocks: gr.Blocks, settings: Settings) -> FastAPI:
     """The page at every address of `app` that has no route of its own."""
     import gradio as gr
 
+    blocks.state_session_capacity = SESSIONS
     blocks.max_threads = blocks._queue.max_thread_count = max_threads(settings)  # as `launch` sets them
     return gr.mount_gradio_app(app, blocks, path="/", **page_options(settings))
 

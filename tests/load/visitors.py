@@ -47,6 +47,7 @@ QUESTIONS = (
 MAX_NEW_TOKENS = 48
 ACTS = {"full": 70, "stop": 10, "abort": 10, "reload": 10}
 """how often, in percent, a visitor waits for the end, stops the answer, loses the connection, or reloads the page"""
+FREED_SECONDS = 10
 PAUSE = 1.0  # longest pause between two questions of a visitor, in seconds
 
 
@@ -234,6 +235,7 @@ class Visitor:
             if act == "reload":
                 await self.arrive()
             else:
+                await self.freed(question, act)
                 await self.call("settle", None)
                 await self.settled(question, act)
             return
@@ -244,6 +246,15 @@ class Visitor:
         self.tally.whole.append(time.monotonic() - began)
         self.tally.ended["stopped" if stopped else "answered"] += 1
         await self.settled(question, act, whole=not stopped)
+
+    async def freed(self, question: str, act: str) -> None:
+        """After a lost connection the answer ends by itself: soon the person may ask again."""
+        for _ in range(2 * FREED_SECONDS):
+            shown = await self.call("show", None)
+            if shown[5].get("visible"):  # the button that sends
+                return
+            await asyncio.sleep(0.5)
+        self.wrong(question, act, f"still busy {FREED_SECONDS} seconds after the connection was lost")
 
     async def settled(self, question: str, act: str, *, whole: bool = False) -> None:
         """What the page shows in the end: the question once with one answer, or the question back in the box."""

@@ -266,3 +266,19 @@ def test_a_place_in_the_queue_is_told_and_then_the_reading() -> None:
     thread.join(20)
     assert told.index("status.turn") < told.index("status.writing") and told[-1] == "status.done"
     assert "status.reading" in told[told.index("status.turn") :]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_answer_cut_before_its_first_word_is_none(gone: bool) -> None:
+    session = Session()
+    chat.ask(session, "q")
+    with closing(answer(FakeEngine(long_text(50), delay=0.2), session, SamplingParams())) as steps:
+        for _ in steps:
+            if session.status.key == "status.writing":
+                if gone:  # the reader has closed the page
+                    break
+                assert session.run is not None
+                session.run.stop.set()
+    assert [turn.role for turn in session.turns] == ["user"] and session.run is None
+    chat.stop(session)
+    assert session.turns == [] and session.returned == "q"
