@@ -272,7 +272,7 @@ def test_a_place_in_the_queue_is_told_and_then_the_reading() -> None:
 def test_an_answer_cut_before_its_first_word_is_none(gone: bool) -> None:
     session = Session()
     chat.ask(session, "q")
-    with closing(answer(FakeEngine(long_text(50), delay=0.2), session, SamplingParams())) as steps:
+    with closing(answer(FakeEngine("\n" * 50, delay=0.2), session, SamplingParams())) as steps:
         for _ in steps:
             if session.status.key == "status.writing":
                 if gone:  # the reader has closed the page
