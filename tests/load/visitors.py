@@ -338,6 +338,11 @@ async def _watch(url: str, tally: Tally, before: dict[str, float]) -> None:
         await asyncio.sleep(2)
 
 
+async def resident(url: str) -> float:
+    """Megabytes that the server's process holds."""
+    return (await _measures(url))["process_resident_memory_bytes"] / 1e6
+
+
 async def _measures(url: str) -> dict[str, float]:
     """The server's own counters; "requests": of all kinds."""
     async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as http:
