@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-from gradio import queueing, route_utils, routes, utils
+from gradio import queueing, route_utils, routes, state_holder, utils
+from gradio.blocks import Block
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -74,6 +75,24 @@ class WholeBlocks(gr.Blocks):
         if event is not None:
             event._data = whole_text(event._data)
         return await super().process_api(block_fn, whole_text(inputs), *rest, **named)
+
+
+# -- what is remembered of a visitor ----------------------------------------------------------------------------------
+
+
+class SameIds(state_holder.SessionState):
+    """What Gradio keeps of a session. A component that an update has made anew keeps its id: under an id of its own Gradio would
+    keep one more of it with every event, for as long as it knows the visitor."""
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        if isinstance(value, Block):
+            value._id = key
+        super().__setitem__(key, value)
+
+
+def keep_no_old_components() -> None:
+    """For the whole process."""
+    state_holder.SessionState = SameIds  # type: ignore[misc]
 
 
 # -- what is logged ----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from ming_app.ui.chat_tab import ChatTab
 from ming_app.ui.client_api import add_client_api
 from ming_app.ui.exam.tab import ExamTab
 from ming_app.ui.explorer_tab import ExplorerTab
-from ming_app.ui.guard import WholeBlocks, keep_words_out_of_logs
+from ming_app.ui.guard import WholeBlocks, keep_no_old_components, keep_words_out_of_logs
 from ming_app.ui.handlers import QUEUED, QUIET, Handlers
 from ming_app.ui.loader import EngineLoader
 from ming_app.ui.text import t
@@ -47,6 +47,7 @@ class Page:
     """Builds the layout, then wires the events. Components are attributes, for the handlers and for tests."""
 
     def __init__(self, loader: EngineLoader, settings: Settings):
+        keep_no_old_components()
         self.settings = settings
         self.prompts = load_prompts(PROMPTS)
         self.words = Bilingual("en")

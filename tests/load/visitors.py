@@ -1,7 +1,7 @@
 """Many visitors at once, against a running server: page (Gradio's own protocol) and API, with stops, aborts and reloads.
 
 Every question's answer is known (greedy, asked alone before), so that a lost, mixed up, doubled or cut answer shows. `python -m
-tests.load` starts a server and prints what it measured; test_load.py runs a short one.
+tests.load` starts a server and prints what it measured; test_many_visitors.py runs a short one.
 """
 
 from __future__ import annotations

@@ -137,3 +137,18 @@ def test_visitors_do_not_see_each_other(served) -> None:
     two.call("ask", None, "yours")
     two.call("answer", None, 0.7, 64, 0.9, 40, 0, 1.05, -1)
     assert [m.content for m in engine.calls[-1][0]] == ["yours"]
+
+
+def test_a_session_does_not_grow_with_every_question(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks, url, engine = served
+    client = PageClient(blocks, url)
+
+    def ask() -> int:
+        client.call("clear", None)
+        client.call("ask", None, "question")
+        client.call("answer", None, 0.7, 8, 0.9, 40, 0, 1.05, -1)
+        client.call("settle", None)
+        return len(blocks.state_holder.session_data[client.session].blocks_config.blocks)
+
+    first = [ask() for _ in range(3)][-1]
+    assert [ask() for _ in range(4)][-1] == first
