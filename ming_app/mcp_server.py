@@ -21,7 +21,7 @@ from mcp.types import CallToolResult, ContentBlock, TextContent, ToolAnnotations
 from pydantic import BaseModel, Field
 
 from ming_app import __version__
-from ming_app.engine.types import EngineInfo, Finish, Message, SamplingParams, Token
+from ming_app.engine.types import DEADLINE, EngineInfo, Finish, Message, SamplingParams, Token
 from ming_app.errors import MingError, UsageError
 from ming_app.exam.question import Question, language_of, make_question
 from ming_app.molora.trace import RouterTrace
@@ -39,7 +39,6 @@ from ming_app.ui.text import refusal, t
 
 logger = logging.getLogger(__name__)
 
-DEADLINE = 300.0  # seconds one answer may take
 POLL_SECONDS, UPDATE_SECONDS = 0.1, 0.5
 INSTRUCTIONS = (
     "MING-MOE, a small bilingual (Chinese, English) medical language model for learning. It is not a physician, and its answers can "

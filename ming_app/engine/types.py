@@ -12,6 +12,11 @@ from ming_app.errors import MingError, UsageError
 from ming_app.molora.config import PROJECTIONS
 from ming_app.molora.trace import RouterTrace, TraceToken
 
+DEADLINE = 300.0
+"""seconds that a server gives one answer, so that a queue always moves on"""
+PATIENCE = 900.0
+"""seconds that a server lets a request wait for its turn"""
+
 
 @dataclass(frozen=True)
 class Message:

@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from ming_app.engine.types import Event, Queued, Start
+from ming_app.engine.types import DEADLINE, PATIENCE, Event, Queued, Start
 from ming_app.serve.answers import events
 from ming_app.serve.completions import Completion, fingerprint
 from ming_app.serve.errors import ApiError, api_error, invalid, unavailable
@@ -32,8 +32,6 @@ from ming_app.settings import Settings
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-DEADLINE = 300.0  # seconds one answer may take
-PATIENCE = 900.0  # seconds that a request waits for its turn
 GONE = Response(status_code=499)  # for nobody
 SSE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 

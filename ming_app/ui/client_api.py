@@ -13,13 +13,13 @@ from typing import Any
 
 import gradio as gr
 
-from ming_app.engine.types import Finish, Message, SamplingParams, Token
+from ming_app.engine.types import DEADLINE, PATIENCE, Finish, Message, SamplingParams, Token
 from ming_app.errors import LANGS, MingError, UsageError
 from ming_app.safety.notices import AI_LABEL, assessed
 from ming_app.safety.output import check_answer, note_text
 from ming_app.safety.red_flags import assess
 from ming_app.ui.chat import MAX_CHARS
-from ming_app.ui.handlers import DEADLINE, PATIENCE, QUEUED, Handlers
+from ming_app.ui.handlers import QUEUED, Handlers
 from ming_app.ui.pump import Pump
 from ming_app.ui.text import refusal, t
 

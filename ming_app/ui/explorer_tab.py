@@ -16,7 +16,7 @@ import numpy as np
 
 from ming_app.engine.inspection import contrast, inspect, option_probabilities
 from ming_app.engine.interventions import compile_interventions, parse_intervention, written
-from ming_app.engine.types import Finish, Intervention, Message, SamplingParams, Token
+from ming_app.engine.types import DEADLINE, PATIENCE, Finish, Intervention, Message, SamplingParams, Token
 from ming_app.errors import MingError, UsageError
 from ming_app.molora.config import PROJECTIONS
 from ming_app.molora.trace import RouterTrace
@@ -26,7 +26,7 @@ from ming_app.ui import experts, render
 from ming_app.ui.bilingual import Bilingual, labelled, valued
 from ming_app.ui.chat import Session
 from ming_app.ui.explorer import VIEWS, Exhibit, answers_html, contrast_view, heading_html, selected, table_html
-from ming_app.ui.handlers import DEADLINE, PATIENCE, QUEUED, QUIET, Handlers
+from ming_app.ui.handlers import QUEUED, QUIET, Handlers
 from ming_app.ui.pump import Pump
 from ming_app.ui.text import refusal, t
 

@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 
 from ming_app.conversation.presets import MAX_SYSTEM, OWN, system_of
-from ming_app.engine.types import EngineInfo, SamplingParams
+from ming_app.engine.types import DEADLINE, PATIENCE, EngineInfo, SamplingParams
 from ming_app.errors import MingError
 from ming_app.settings import Settings
 from ming_app.ui import chat, experts, render
@@ -40,8 +40,6 @@ QUEUED: dict[str, Any] = {
 """options of events that need the model; the engine lets `settings.streams` of them run at a time, and bounds who waits"""
 CUT = ("length", "cancelled", "deadline", "closing")
 """how an answer ends that can be gone on with; the others the model has ended itself"""
-DEADLINE = 300.0  # seconds one answer may take, so that a queue always moves on
-PATIENCE = 900.0  # seconds that a question waits for its turn
 
 
 class Handlers:

@@ -87,3 +87,13 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     yield start
     for end in reversed(ends):
         end()
+
+
+@pytest.fixture(scope="module")
+def serve_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for many requests that change nothing."""
+    folder = tmp_path_factory.mktemp("served")
+    with tiny_engine(folder) as engine:
+        served = run_server(EngineLoader.of(engine), settings(folder))
+        yield served
+        stop(served)

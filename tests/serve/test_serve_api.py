@@ -153,19 +153,6 @@ def test_what_cannot_be_is_refused_by_name(serve_once, changed, status, param, c
     assert caught.value.type == "invalid_request_error" and len(caught.value.body["message"]) > 8
 
 
-@pytest.fixture(scope="module")
-def serve_once(tmp_path_factory):
-    from ming_app.ui.loader import EngineLoader
-    from tests.engine.tiny_engine import tiny_engine
-    from tests.serve.conftest import run_server, settings, stop
-
-    folder = tmp_path_factory.mktemp("served")
-    with tiny_engine(folder) as engine:
-        served = run_server(EngineLoader.of(engine), settings(folder))
-        yield served
-        stop(served)
-
-
 def test_errors_speak_the_clients_language(serve_once) -> None:
     for lang, word in (("zh-CN,zh;q=0.9", "没有"), ("fr", "no ")):
         reply = httpx.get(f"{serve_once.url}/v1/nothing", headers={"accept-language": lang})

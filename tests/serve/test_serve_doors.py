@@ -184,24 +184,11 @@ def test_slow_clients_are_let_go(serve, monkeypatch) -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
 )
-def test_odd_requests_end_politely(serve_tiny, sent) -> None:
-    with connection(serve_tiny) as odd:
+def test_odd_requests_end_politely(serve_once, sent) -> None:
+    with connection(serve_once) as odd:
         odd.sendall(sent)
         assert odd.recv(4096)[9:12] in (b"400", b"431", b"403", b"408", b"501")
-    assert httpx.get(f"{serve_tiny.url}/health").status_code == 200
-
-
-@pytest.fixture(scope="module")
-def serve_tiny(tmp_path_factory):
-    from ming_app.ui.loader import EngineLoader
-    from tests.engine.tiny_engine import tiny_engine
-    from tests.serve.conftest import run_server, settings, stop
-
-    folder = tmp_path_factory.mktemp("served")
-    with tiny_engine(folder) as engine:
-        served = run_server(EngineLoader.of(engine), settings(folder))
-        yield served
-        stop(served)
+    assert httpx.get(f"{serve_once.url}/health").status_code == 200
 
 
 # -- clients that go away ---------------------------------------------------------------------------------------------
@@ -307,8 +294,8 @@ def test_what_does_not_end_in_time_is_cut_and_given(serve) -> None:
 # -- requests that nobody would write ---------------------------------------------------------------------------------
 
 
-def test_fuzzed_requests_never_break_the_server(serve_tiny) -> None:
-    schema = schemathesis.openapi.from_url(f"{serve_tiny.url}/v1/openapi.json")
+def test_fuzzed_requests_never_break_the_server(serve_once) -> None:
+    schema = schemathesis.openapi.from_url(f"{serve_once.url}/v1/openapi.json")
     tried = []
 
     @schema.parametrize()
@@ -324,7 +311,7 @@ def test_fuzzed_requests_never_break_the_server(serve_tiny) -> None:
     assert {path for path, _ in tried} == {"/v1/models", "/v1/chat/completions", "/health", "/ready", "/metrics"}
     assert any(status == 200 for path, status in tried if path == "/v1/chat/completions")
     assert any(status == 400 for path, status in tried if path == "/v1/chat/completions")
-    assert serve_tiny.client().chat.completions.create(**ASK).choices and serve_tiny.engine.load_now() == (0, 0)
+    assert serve_once.client().chat.completions.create(**ASK).choices and serve_once.engine.load_now() == (0, 0)
 
 
 def _fuzz(strategy, tried: list) -> None:

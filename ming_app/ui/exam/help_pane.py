@@ -13,7 +13,7 @@ import gradio as gr
 
 from ming_app.case_view import case_html, case_page, study
 from ming_app.conversation.tree import Conversation, Turn
-from ming_app.engine.types import SamplingParams
+from ming_app.engine.types import DEADLINE, PATIENCE, SamplingParams
 from ming_app.errors import MingError, PromptTooLongError, StoppedError
 from ming_app.exam.bank import letters_shown
 from ming_app.exam.candidate import Attempt, attempt
@@ -25,7 +25,7 @@ from ming_app.ui.bilingual import labelled, valued
 from ming_app.ui.chat import Session
 from ming_app.ui.exam import pages, payload, tutor
 from ming_app.ui.exam.room import Room
-from ming_app.ui.handlers import DEADLINE, PATIENCE, QUEUED, QUIET, Updates
+from ming_app.ui.handlers import QUEUED, QUIET, Updates
 from ming_app.ui.text import refusal, t
 
 if TYPE_CHECKING:
