@@ -8,7 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest
 from examples.scale import atlas, evaluate, grade_bank, pool
 from ming_app.atlas import Text, trace_texts, write_atlas
 from ming_app.engine.engine import Engine
+from ming_app.errors import MingError, UsageError
 from ming_app.exam.bank import Shelf
 from ming_app.exam.candidate import sit_exam, spread
 from ming_app.molora.checkpoint import save_adapter
@@ -82,7 +83,7 @@ def ray_here() -> Iterator[None]:
 
 
 @pytest.fixture(params=["ray", "actors"])
-def shared_out(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def shared_out(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "ray":
         if find_spec("ray") is None:
             pytest.skip(WHY)
@@ -90,20 +91,22 @@ def shared_out(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     else:
         for module in (atlas, evaluate, grade_bank):
             monkeypatch.setattr(module, "over_engines", by_hand)
+    return request.param
 
 
 def by_hand(work: pool.Work, rows: Sequence[Any], settings: Settings, *, engines: int, batch: int) -> list[Any]:
     """Two workers, the last rows first, three at a time at most."""
     workers = [pool.Worker(settings, work) for _ in range(engines)]
-    found = {}
+    found = []
     size = min(batch, 3)
     for turn, start in enumerate(reversed(range(0, len(rows), size))):
         part = [pickle.dumps(row) for row in rows[start : start + size]]
-        made = workers[turn % engines]({"at": np.arange(start, start + len(part)), "row": part})
-        found.update(zip(made["at"].tolist(), map(pickle.loads, made["made"]), strict=True))
+        made = workers[turn % engines]({"at": range(start, start + len(part)), "row": part})
+        found += [{"at": at, "made": one} for at, one in zip(made["at"], made["made"], strict=True)]
     for worker in workers:
-        worker.engine.close()
-    return [found[at] for at in range(len(rows))]
+        if isinstance(worker.engine, Engine):
+            worker.engine.close()
+    return pool.in_order(found)
 
 
 @pytest.mark.usefixtures("shared_out")
@@ -142,8 +145,7 @@ def same(a: RouterTrace, b: RouterTrace) -> bool:
     return a.tokens == b.tokens and a.segments == b.segments and all(np.array_equal(of(a), of(b)) for of in arrays)
 
 
-@pytest.mark.usefixtures("shared_out")
-def test_an_evaluation(tiny: Tiny, tmp_path: Path) -> None:
+def test_an_evaluation(tiny: Tiny, shared_out: str, tmp_path: Path) -> None:
     (tmp_path / "suite.toml").write_text(SUITE)
     bank = [
         {"id": f"q{i}", "stem": f"Which is {i}?", "options": {letter: f"{letter} {i}" for letter in "ABCD"}}
@@ -163,12 +165,24 @@ def test_an_evaluation(tiny: Tiny, tmp_path: Path) -> None:
     for name, rows in (("bank", bank), ("chats", chats)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model", str(tiny.base), "--adapter", str(tiny.adapter), "--suite", str(tmp_path / "suite.toml")]
-    words += ["--precision", "8bit"]
+    words += ["--precision", "8bit", *(["--skip-base"] if shared_out == "ray" else [])]  # loading takes it long enough
     assert training(["evaluate", *words, "--out", str(tmp_path / "one")]) == 0
     assert evaluate.main([*words, "--out", str(tmp_path / "many"), "--engines", "2"]) == 0
     one, many = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "many"))
     assert many == one and one["precision"] == {"answers": "8bit", "exam": "8bit"}
-    assert one["exam"]["bank.jsonl"]["adapter"]["n"] == 18 and one["exam"]["bank.jsonl"]["base"]["shuffled"]
+    exam = one["exam"]["bank.jsonl"]["adapter"]
+    assert exam["n"] == 18 and exam["shuffled"]["consistent"]["n"] == 18 and one["nlp"] and one["generation"]
+
+
+@pytest.mark.usefixtures("shared_out")
+def test_what_stops_an_actor_is_explained(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no experts"):
+        atlas.make_atlas(TEXTS[:1], tmp_path, replace(tiny.settings, adapter="none"), engines=1, max_new_tokens=2)
+
+
+def test_an_engine_that_cannot_be_loaded_is_explained(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(MingError):
+        by_hand(evaluate.letters_of, [1], replace(tiny.settings, model=str(tmp_path / "none")), engines=1, batch=1)
 
 
 def test_wrong_words_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
