@@ -70,14 +70,19 @@ def trace_texts(
     meter = Meter(progress, "measure", len(texts), "steps")
     found = []
     for done, text in enumerate(texts):
-        path = folder / "traces" / f"{_key(engine, text, max_new_tokens)}.npz"
-        trace = _kept(path)
-        if trace is None:
-            trace = _measured(engine, text, max_new_tokens)
-            trace.save(path)
-        found.append((trace, Segment(0, text.title, text.labels)))
+        found.append(trace_text(engine, text, folder, max_new_tokens))
         meter.update(done + 1, force=done + 1 == len(texts))
     return merge(found)
+
+
+def trace_text(engine: Engine, text: Text, folder: Path, max_new_tokens: int) -> tuple[RouterTrace, Segment]:
+    """One text of `trace_texts`, with the segment that it becomes."""
+    path = folder / "traces" / f"{_key(engine, text, max_new_tokens)}.npz"
+    trace = _kept(path)
+    if trace is None:
+        trace = _measured(engine, text, max_new_tokens)
+        trace.save(path)
+    return trace, Segment(0, text.title, text.labels)
 
 
 def write_atlas(trace: RouterTrace, folder: Path, lang: str, adapter: Path | None) -> Path:

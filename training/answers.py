@@ -14,6 +14,8 @@ import numpy as np
 from ming_app.engine.types import Backend
 
 SLOTS = 8
+Answerer = Callable[..., list["Generated"]]
+"""`greedy_answers` of a backend: prompts, stop ids, the most new tokens and `tick` to answers"""
 
 
 @dataclass

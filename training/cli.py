@@ -24,18 +24,20 @@ if TYPE_CHECKING:
     from ming_app.molora.checkpoint import Adapter
     from training.base import Base
     from training.chat import ChatTokenizer
+    from training.served import Load
 
 REPORT_EVERY = 10  # steps between progress lines where stderr is no terminal
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; gives its exit code."""
+def main(argv: Sequence[str] | None = None, load: Load | None = None) -> int:
+    """Runs one command; gives its exit code. `load`: the engine that `evaluate` asks, in place of one in this process."""
     use_utf8()
     parser = _parser()
     try:
         options = parser.parse_args(argv)
     except SystemExit as stopped:  # argparse has printed its usage
         return 2 if stopped.code else 0
+    options.load = load
     console = Console("en", options.json)
     try:
         console.lang = Settings.load({"lang": options.lang}).message_lang()
@@ -233,6 +235,7 @@ def _tokenizer(base: str, console: Console) -> ChatTokenizer:
 def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], int]:
     from training.evaluation import Plan, evaluate
     from training.evaluation_report import evaluation_page, evaluation_text
+    from training.served import OneEngine
     from training.suite import Exam, Suite, read_suite
 
     suite = read_suite(options.suite) if options.suite else Suite("command line", home=Path())
@@ -246,7 +249,7 @@ def _evaluate(options: argparse.Namespace, console: Console) -> tuple[dict[str, 
             "请指定评测内容：--model 加 --suite、--exam 或 --recipe。",
         )
     plan = Plan(name, options.adapter, suite, recipe, options.limit, options.precision, not options.skip_base)
-    result = evaluate(plan, console)
+    result = evaluate(plan, console, options.load or OneEngine)
     text = evaluation_text(result)
     console.line(text)
     if options.out:

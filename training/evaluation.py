@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from ming_app.console import Console
-from ming_app.engine.types import Backend
 from ming_app.models.progress import Meter
 from ming_app.settings import Settings
 from training.base import Base, load_base
 from training.chat import ChatTokenizer
-from training.letters import LetterTask, Scorer, score_letters, score_letters_served
+from training.letters import LetterTask, Scorer, score_letters
 from training.memory import FreedMemory
 from training.recipe import Recipe
+from training.served import Load, OneEngine
 from training.suite import Suite, measure_exam, measure_generation, measure_nlp
 
 BASE, ADAPTER = "base", "adapter"
@@ -43,8 +43,8 @@ class Plan:
     with_base: bool = True
 
 
-def evaluate(plan: Plan, console: Console) -> dict[str, Any]:
-    """Measures everything. Raises MingError for whatever stands in the way."""
+def evaluate(plan: Plan, console: Console, load: Load = OneEngine) -> dict[str, Any]:
+    """Measures everything; `load` gives the engine that serves. Raises MingError for whatever stands in the way."""
     from ming_app.models.catalog import find_model
     from ming_app.models.fetch import fetch
 
@@ -68,7 +68,7 @@ def evaluate(plan: Plan, console: Console) -> dict[str, Any]:
     if suite.nlp or suite.generation or (suite.exam and plan.precision):
         tokenizer = ChatTokenizer.from_folder(local.home)
         for kind in kinds:
-            _served(plan, suite, kind, local.adapter, tokenizer, result, console)
+            _served(plan, suite, kind, local.adapter, tokenizer, result, console, load)
     return result
 
 
@@ -121,27 +121,25 @@ def _served(
     tokenizer: ChatTokenizer,
     result: dict[str, Any],
     console: Console,
+    load: Load,
 ) -> None:
     """Answers, and exams when a precision was asked for, by the engine that serves."""
-    from ming_app.engine.engine import Engine
-
     adapter = str(folder) if kind == ADAPTER and folder else "none"
     settings = Settings.load({"model": plan.model, "adapter": adapter, "precision": plan.precision})
-    engine = Engine.load(settings, console.progress)
+    served = load(settings, console.progress)
     try:
-        result["precision"] |= dict.fromkeys(["answers", *(["exam"] if plan.precision else [])], engine.info.precision)
-        backend: Backend = engine.backend
         if plan.precision:
-            scorer = partial(_scored, console, partial(score_letters_served, backend))
+            scorer = partial(_scored, console, served.letters)
             _exams(suite, suite.exam, kind, scorer, tokenizer, result, console)
         parts: list[tuple[str, Any, Callable[..., Any]]] = [("nlp", part, measure_nlp) for part in suite.nlp]
         parts += [("generation", part, measure_generation) for part in suite.generation]
         for name, part, measure in parts:
             console.note(f"Answers of the {kind} to {part.file}.", f"正在生成回答：{kind}，{part.file}。")
-            figures = measure(suite, part, backend, tokenizer, _tick(console))
+            figures = measure(suite, part, served.answers, tokenizer, _tick(console))
             result[name].setdefault(_label(part, getattr(suite, name)), {})[kind] = figures
+        result["precision"] |= dict.fromkeys(["answers", *(["exam"] if plan.precision else [])], served.precision)
     finally:
-        engine.close()
+        served.close()
 
 
 def _exams(

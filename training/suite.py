@@ -23,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from ming_app.engine.types import Backend
 from ming_app.exam.measures import calibration, wilson
 from ming_app.exam.question import Question
-from training.answers import Generated, greedy_answers
+from training.answers import Answerer, Generated
 from training.chat import DEFAULT_SYSTEM, ChatTokenizer
 from training.errors import DataError
 from training.exam import shuffle_options
@@ -184,12 +183,12 @@ def _letter(index: int) -> str:
 
 
 def measure_nlp(
-    suite: Suite, nlp: Nlp, backend: Backend, tokenizer: ChatTokenizer, tick: Tick | None
+    suite: Suite, nlp: Nlp, answerer: Answerer, tokenizer: ChatTokenizer, tick: Tick | None
 ) -> dict[str, Any]:
     """{source: {"metric", "n", and its figures}}, and "ended": the share of answers that ended by themselves."""
     rows = spread(list(read_chats(suite.data(nlp.file))), nlp.limit)
     prompts = [_prompt(suite, row, tokenizer, len(row.turns) - 1) for row in rows]
-    answers = greedy_answers(backend, prompts, tokenizer.stop_ids, nlp.max_new_tokens, tick=tick)
+    answers = answerer(prompts, tokenizer.stop_ids, nlp.max_new_tokens, tick=tick)
     pairs: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row, answer in zip(rows, answers, strict=True):
         pairs[row.source].append((row.turns[-1].content, tokenizer.decode(answer.ids)))
@@ -221,7 +220,7 @@ def task_metric(source: str) -> str:
 
 
 def measure_generation(
-    suite: Suite, generation: Generation, backend: Backend, tokenizer: ChatTokenizer, tick: Tick | None
+    suite: Suite, generation: Generation, answerer: Answerer, tokenizer: ChatTokenizer, tick: Tick | None
 ) -> dict[str, Any]:
     """{lang: {"ended", "in_language", "loops", "repetition", "tokens"}} of greedy answers to first questions."""
     rows = list(read_chats(suite.data(generation.file)))
@@ -229,7 +228,7 @@ def measure_generation(
         rows = [row for row in rows if is_held_out(row.id, generation.held_out)]
     rows = spread(rows, generation.limit)
     prompts = [_prompt(suite, row, tokenizer, 1) for row in rows]
-    answers = greedy_answers(backend, prompts, tokenizer.stop_ids, generation.max_new_tokens, tick=tick)
+    answers = answerer(prompts, tokenizer.stop_ids, generation.max_new_tokens, tick=tick)
     result = {}
     for lang in sorted({row.lang for row in rows}):
         of = [(row, a, tokenizer.decode(a.ids)) for row, a in zip(rows, answers, strict=True) if row.lang == lang]

@@ -9,41 +9,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import pickle
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from examples.scale.pool import over_engines
 from ming_app.engine.engine import Engine
 from ming_app.exam.bank import Shelf
 from ming_app.exam.candidate import Attempt, report, sit_exam, spread
 from ming_app.exam.formats import ReadOptions, read_bank
+from ming_app.exam.question import Question
 from ming_app.settings import Settings
 
 BATCH = 16  # questions that an actor takes at a time; it reads eight of them together
 
 
-class Candidate:
-    """One actor: an Engine that sits what it is given."""
-
-    def __init__(self, settings: Settings, shuffles: int):
-        self.engine, self.shuffles = Engine.load(settings), shuffles
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Rows of a pickled question and its place; back come the place and the attempt, as JSON ("" where it was too long)."""
-        asked = [pickle.loads(row) for row in batch["question"]]  # written by `grade` below, never read from a file
-        attempts, _ = sit_exam(self.engine, asked, shuffles=self.shuffles)
-        made = {one.key: json.dumps(asdict(one)) for one in attempts}
-        return {"at": batch["at"], "attempt": [made.get(question.key, "") for question, _ in asked]}
+def attempts_of(engine: Engine, asked: list[tuple[Question, int]], shuffles: int) -> list[Attempt | None]:
+    """The attempt at every question with its place; None where it was too long."""
+    made = {one.key: one for one in sit_exam(engine, asked, shuffles=shuffles)[0]}
+    return [made.get(question.key) for question, _ in asked]
 
 
 def grade(bank: str, settings: Settings, *, engines: int, limit: int = 0, shuffles: int = 0) -> dict[str, Any]:
     """The report of `exam grade`, its attempts, and questions per second."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
     path = Path(bank)
     questions = (
         read_bank(path.read_bytes(), path.name, ReadOptions()).questions
@@ -51,18 +41,9 @@ def grade(bank: str, settings: Settings, *, engines: int, limit: int = 0, shuffl
         else Shelf().open(bank).questions
     )
     asked = spread(questions, limit)
-    rows = [{"at": at, "question": pickle.dumps(one)} for at, one in enumerate(asked)]
     began = time.monotonic()
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    answered = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // BATCH)).map_batches(
-        Candidate,
-        fn_constructor_kwargs={"settings": settings, "shuffles": shuffles},
-        batch_size=BATCH,
-        compute=ray.data.ActorPoolStrategy(size=engines),
-        num_cpus=settings.threads or 1,
-    )
-    found = sorted(answered.take_all(), key=lambda row: row["at"])
-    attempts = [Attempt(**json.loads(row["attempt"])) for row in found if row["attempt"]]
+    found = over_engines(partial(attempts_of, shuffles=shuffles), asked, settings, engines=engines, batch=BATCH)
+    attempts = [one for one in found if one is not None]
     spent = time.monotonic() - began
     return report(attempts) | {
         "too_long": len(found) - len(attempts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,10 @@ def test_a_suite_is_measured(engine, tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "chats.jsonl", [{**chat(i), "lang": "zh" if i else "en"} for i in range(4)])
     suite = read_suite(tmp_path / "suite.toml")
     assert suite.data("x") == tmp_path / "data" / "x"
-    found = measure_nlp(suite, suite.nlp[0], engine.backend, TOKENIZER, None)
+    found = measure_nlp(suite, suite.nlp[0], partial(greedy_answers, engine.backend), TOKENIZER, None)
     assert {source: task["n"] for source, task in found["tasks"].items()} == {"cMedQQ": 2, "other": 2}
     assert found["tasks"]["cMedQQ"]["metric"] == "accuracy" and found["tasks"]["other"]["metric"] == "ROUGE-L"
-    found = measure_generation(suite, suite.generation[0], engine.backend, TOKENIZER, None)
+    found = measure_generation(suite, suite.generation[0], partial(greedy_answers, engine.backend), TOKENIZER, None)
     assert {lang: figures["ended"]["n"] for lang, figures in found.items()} == {"en": 1, "zh": 1}
     assert json.dumps(found) and found["en"]["tokens"]["max"] <= 7
 
@@ -133,4 +134,4 @@ def test_an_empty_file_is_an_error(engine, tmp_path: Path) -> None:
     (tmp_path / "data" / "chats.jsonl").write_text("")
     suite = read_suite(tmp_path / "suite.toml")
     with pytest.raises(DataError, match="no rows"):
-        measure_generation(suite, suite.generation[0], engine.backend, TOKENIZER, None)
+        measure_generation(suite, suite.generation[0], partial(greedy_answers, engine.backend), TOKENIZER, None)
