@@ -11,13 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.away import finished
 from tests.load.__main__ import ROOT, serving
 from tests.load.visitors import resident, visit
 
 
 def test_visitors_get_their_own_answers(tmp_path: Path) -> None:
     with serving("", "", True, tmp_path, 16) as url:
-        tally = asyncio.run(visit(url, 16, 8.0))
+        tally = finished(visit(url, 16, 8.0))
     assert tally.wrong == []
     assert tally.ended["answered"] > 30 and tally.ended["left"] > 1 and tally.first
     summary = tally.summary()
@@ -26,10 +27,10 @@ def test_visitors_get_their_own_answers(tmp_path: Path) -> None:
 
 def test_memory_is_back_to_the_line_after_500_requests(tmp_path: Path) -> None:
     with serving("", "", True, tmp_path, 8) as url:
-        asyncio.run(_ask(url, 150))
-        line = asyncio.run(resident(url))
-        asyncio.run(_ask(url, 500))
-        grown = asyncio.run(resident(url)) - line
+        finished(_ask(url, 150))
+        line = finished(resident(url))
+        finished(_ask(url, 500))
+        grown = finished(resident(url)) - line
     assert grown < 15, f"{grown:.0f} MB more after 500 requests"
 
 

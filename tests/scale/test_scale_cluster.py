@@ -30,6 +30,7 @@ from ming_app.exam.bank import Shelf
 from ming_app.exam.candidate import sit_exam, spread
 from ming_app.molora.checkpoint import save_adapter
 from ming_app.scale.replica import cluster_settings
+from tests.away import finished
 from tests.tiny import make_adapter, write_base
 
 WHY = "ray is not installed (requirements-scale.txt)"
@@ -165,7 +166,7 @@ def test_a_killed_replica_costs_its_own_answers_only(cluster: Cluster) -> None:
             os.kill(busiest["pid"], signal.SIGKILL)
             await asyncio.gather(*visitors)
 
-    asyncio.run(work())
+    finished(work())
     lost = seen.ends["error event lost"] + seen.ends["503 lost"]
     assert lost <= had + 1 and set(seen.ends) <= {"stop", "length", "error event lost", "503 lost"}, seen.ends
     assert seen.ends["stop"] + seen.ends["length"] > 10
@@ -180,7 +181,7 @@ def test_the_adapter_changes_while_answers_run(cluster: Cluster) -> None:
         async with httpx.AsyncClient(base_url=cluster.url, timeout=60) as client:
             await asyncio.gather(*(show.visitor(client, i, stop, 60, seen) for i in range(4)))
 
-    thread = threading.Thread(target=lambda: asyncio.run(work()))
+    thread = threading.Thread(target=lambda: finished(work()))
     thread.start()
     time.sleep(1)
     cluster.deploy(adapter=str(cluster.folder / "new"))

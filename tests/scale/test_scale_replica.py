@@ -23,6 +23,7 @@ from ming_app.engine.types import EngineInfo, Finish, Message, Outcome, Sampling
 from ming_app.errors import BusyError, PromptTooLongError, UsageError
 from ming_app.scale.replica import FAILURES, EngineReplica, Failure, cluster_settings, replica_settings
 from ming_app.settings import Settings
+from tests.away import finished
 from tests.engine.tiny_engine import tiny_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ def run(tmp_path: Path) -> Any:
                 await asyncio.gather(*replica._retiring)
 
         try:
-            return asyncio.run(whole())
+            return finished(whole())
         finally:
             loads.close()
 

@@ -19,6 +19,7 @@ from ming_app.molora.trace import RouterTrace
 from ming_app.safety.notices import AI_LABEL
 from ming_app.settings import Settings
 from ming_app.ui.loader import EngineLoader
+from tests.away import finished
 from tests.conftest import ROOT
 from tests.fakes import FakeEngine, long_text
 
@@ -52,7 +53,7 @@ def with_client(server: Any, work: Callable[[Client], Awaitable[Any]]) -> Any:
             async with Client(server) as client:
                 return await work(client)
 
-    return asyncio.run(run())
+    return finished(run())
 
 
 def call(engine: Any, tool: str, **arguments: Any) -> Any:
@@ -249,7 +250,7 @@ def test_over_stdio_it_answers_and_a_cancelled_call_ends(mode: str) -> None:
                 result = await client.call_tool("ask", {"question": STROKE, "max_new_tokens": 8})
                 assert "911" in texts(result)[0] and texts(result)[1] == long_text(8).strip()
 
-    asyncio.run(run())
+    finished(run())
 
 
 def test_nothing_but_the_protocol_is_on_stdout() -> None:
