@@ -103,7 +103,8 @@ class Batcher:
             return self._changed.wait_for(lambda: not self._running(), seconds)
 
     def _running(self) -> list[Job]:
-        return [row.job for row in self._rows if row.job is not None]
+        """Jobs that have a row and have not ended: who has heard the end of an answer may ask again at once."""
+        return [row.job for row in self._rows if row.job is not None and not row.job.ended]
 
     def close(self) -> None:
         """Ends what has not ended and stops."""

@@ -175,3 +175,11 @@ def test_what_does_not_end_in_time_is_kept_as_it_is(tmp_path) -> None:
         engine.close()
         *tokens, finish = list(events)
         assert finish.reason == "closing" and finish.new_tokens >= len(tokens)
+
+
+def test_who_has_heard_the_end_may_ask_again_at_once(tmp_path) -> None:
+    with tiny_engine(tmp_path, slots=2, per_visitor=1) as engine:
+        mine = SamplingParams(max_new_tokens=2, temperature=0, visitor="me")
+        for _ in range(100):
+            *_, finish = engine.stream(ASK, mine)
+            assert isinstance(finish, Finish) and engine.load_now() == (0, 0)
