@@ -19,10 +19,10 @@ import numpy as np
 
 from ming_app.engine.decode import RoutingRecord
 from ming_app.engine.interventions import Compiled
-from ming_app.engine.jobs import Job, ScoreJob
+from ming_app.engine.jobs import Job, ScoreJob, closed
 from ming_app.engine.types import Backend, Gates, Outcome, Step
 from ming_app.engine.waiting import WaitingRoom
-from ming_app.errors import BusyError, UsageError
+from ming_app.errors import BusyError
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Batcher:
         """Queues jobs, in order. Raises UsageError once closed, BusyError when they cannot be taken now."""
         with self._changed:
             if self._closed:
-                raise _closed()
+                raise closed()
             try:
                 if self.draining:
                     raise BusyError.closing()
@@ -144,7 +144,7 @@ class Batcher:
                     for row in running:
                         self._end(row)
                     for job in self._waiting.clear():
-                        self._fail(job, _closed())
+                        self._fail(job, closed())
                     return
                 if not running:
                     if not self._waiting and time.monotonic() - idle_since > LINGER:
@@ -301,10 +301,6 @@ class Batcher:
             if outcome.reason in ("stop", "length"):
                 self._waiting.ended(outcome.total_seconds - outcome.waited_seconds)
             self.on_end(outcome)
-
-
-def _closed() -> UsageError:
-    return UsageError("The model has been closed.", "模型已关闭。")
 
 
 def _portions(reading: Sequence[_Row], left: int) -> list[tuple[_Row, np.ndarray]]:

@@ -89,11 +89,16 @@ class Job:
 
     def close(self) -> None:
         """The server stops while it runs."""
-        self.fail(UsageError("The model has been closed.", "模型已关闭。"))
+        self.fail(closed())
 
     def outcome(self, reason: str) -> Outcome | None:
         """How it ended, with this reason in place of its own unless ""; None where nobody counts."""
         return None
+
+
+def closed() -> UsageError:
+    """The model is gone."""
+    return UsageError("The model has been closed.", "模型已关闭。")
 
 
 class AnswerJob(Job):

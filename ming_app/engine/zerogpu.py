@@ -23,6 +23,7 @@ from typing import Any
 
 from ming_app.engine import inspection
 from ming_app.engine.engine import Engine
+from ming_app.engine.jobs import closed
 from ming_app.engine.types import Event, Finish, Intervention, Message, SamplingParams, Timings
 from ming_app.errors import BusyError, MingError, QuotaError, StoppedError, UsageError
 from ming_app.molora.trace import RouterTrace
@@ -134,7 +135,7 @@ class ZeroEngine(Engine):
         `spaces` is spoken to in a thread: it blocks for as long as no GPU is free.
         """
         if self._closed:
-            raise UsageError("The model has been closed.", "模型已关闭。")
+            raise closed()
         if self.draining:
             raise BusyError.closing()
         with self._counts:

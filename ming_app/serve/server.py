@@ -16,11 +16,10 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ming_app.errors import MingError
 from ming_app.serve.app import build_app
 from ming_app.serve.guard import is_loopback
 from ming_app.settings import Settings
-from ming_app.ui.launch import spare_loopback
+from ming_app.ui.launch import port_taken, spare_loopback
 from ming_app.ui.loader import EngineLoader
 
 HEADER_SECONDS = 15.0  # in which the head of a request must have arrived
@@ -125,14 +124,6 @@ def serve(settings: Settings) -> int:
     finally:
         loader.close()
     return 0
-
-
-def port_taken(settings: Settings) -> MingError:
-    return MingError(
-        f"The server cannot listen on {settings.host}:{settings.port}: another program seems to use that port. Stop it, or choose "
-        "another port with --port or MING_PORT.",
-        f"无法在 {settings.host}:{settings.port} 上启动：该端口可能已被其他程序占用。请停止该程序，或用 --port 或 MING_PORT 选择其他端口。",
-    )
 
 
 def _announce(settings: Settings, host: str, port: int) -> None:

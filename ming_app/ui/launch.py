@@ -113,10 +113,15 @@ def launch(blocks: gr.Blocks, settings: Settings, **options: Any) -> Any:
     try:
         return blocks.launch(**chosen)
     except OSError as error:
-        raise MingError(
-            f"The page cannot listen on {host}:{port}: another program seems to use that port. Stop it, or choose another port with --port or MING_PORT.",
-            f"无法在 {host}:{port} 上启动页面：该端口可能已被其他程序占用。请停止该程序，或用 --port 或 MING_PORT 选择其他端口。",
-        ) from error
+        raise port_taken(settings) from error
+
+
+def port_taken(settings: Settings) -> MingError:
+    """Nothing can listen there."""
+    return MingError(
+        f"The page cannot listen on {settings.host}:{settings.port}: another program seems to use that port. Stop it, or choose another port with --port or MING_PORT.",
+        f"无法在 {settings.host}:{settings.port} 上启动页面：该端口可能已被其他程序占用。请停止该程序，或用 --port 或 MING_PORT 选择其他端口。",
+    )
 
 
 def mount(app: FastAPI, blocks: gr.Blocks, settings: Settings) -> FastAPI:
