@@ -26,6 +26,7 @@ from training.packing import Batch, Sample, pack
 from training.readers import ChatRow, read_chats
 from training.recipe import EXAM_FORMATS, Recipe, Stream
 from training.records import Damage
+from training.repeats import ending, repeating
 
 
 @dataclass
@@ -232,11 +233,15 @@ class Mix:
         if isinstance(row, Question):
             rng = random.Random(seed)
             row = letter_row(row, rng, place) if stream.format == "exam_letter" else reasoning_row(row, rng)
+        elif stream.repeats:
+            row = repeating(row, random.Random(seed))
         limit = stream.max_length or self.recipe.data.max_length
         if sum(len(turn.content) for turn in row.turns) > 8 * limit:
             return None
         system = self.recipe.data.system if row.system is None else row.system
         encoded = self.tokenizer.encode_chat(row.turns, system)
+        if stream.repeats:
+            encoded = ending(encoded)
         return Sample(encoded, stream.name, row.source, stream.loss_weight) if len(encoded) <= limit else None
 
 

@@ -56,6 +56,8 @@ class Stream:
     loss_weight: float = 1.0
     """weight of each of its answer tokens in the loss: a letter is one token among hundreds of running text, and what
     little its gradient says is drowned without"""
+    repeats: bool = False
+    """the last answer is made to repeat itself, and only to end it then is learnt (repeats.py); for conversations"""
 
     def problem(self) -> str:
         """What is wrong with the values, or ""."""
@@ -63,6 +65,8 @@ class Stream:
             return f"format {self.format!r} is not one of {', '.join(FORMATS)}"
         if not (self.weight > 0 and self.loss_weight > 0):
             return "weight and loss_weight must be positive"
+        if self.repeats and self.format in EXAM_FORMATS:
+            return "repeats is for conversations, not for a bank of exam questions"
         return "cap and max_length must not be negative" if self.cap < 0 or self.max_length < 0 else ""
 
 
