@@ -112,6 +112,20 @@ class BusyError(MingError):
         )
 
 
+class NotReadyError(MingError):
+    """There is no model yet: it is still being loaded, or (`failed`) could not be."""
+
+    def __init__(self, failed: bool):
+        self.failed = failed
+        if failed:
+            super().__init__(
+                "The model could not be loaded; the page and the log say why, and what to do.",
+                "模型加载失败；原因与处理办法见页面或日志。",
+            )
+        else:
+            super().__init__("The model is still loading. Please try again in a moment.", "模型仍在加载，请稍后再试。")
+
+
 class QuotaError(MingError):
     """The GPU time that a visitor may use is used up; the message says until when."""
 

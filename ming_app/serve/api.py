@@ -21,9 +21,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ming_app.engine.types import DEADLINE, PATIENCE, Event, Queued, Start
+from ming_app.errors import NotReadyError
 from ming_app.serve.answers import events
 from ming_app.serve.completions import Completion, fingerprint
-from ming_app.serve.errors import ApiError, api_error, invalid, unavailable
+from ming_app.serve.errors import ApiError, api_error, invalid
 from ming_app.serve.guard import language
 from ming_app.serve.metrics import Metrics
 from ming_app.serve.schema import ChatRequest
@@ -83,8 +84,8 @@ class Api:
             if engine.draining:
                 return JSONResponse({"status": "closing"}, 503)
             running, waiting = engine.load_now()
-        except ApiError as error:
-            return JSONResponse({"status": error.code}, 503)
+        except NotReadyError as error:
+            return JSONResponse({"status": api_error(error).code}, 503)
         return JSONResponse({"status": "ready", "running": running, "waiting": waiting})
 
     def measured(self) -> Response:
@@ -201,7 +202,8 @@ def explain_errors(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, wrong)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ApiError, told)
+    for kind in (ApiError, NotReadyError):
+        app.add_exception_handler(kind, told)
 
 
 def _told(error: BaseException) -> ApiError:
@@ -294,17 +296,3 @@ async def _server_sent(
 
 def _data(chunk: dict[str, Any]) -> str:
     return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-
-
-def loading(failed: bool) -> ApiError:
-    """There is no engine yet."""
-    if failed:
-        return unavailable(
-            "failed",
-            60,
-            "The model could not be loaded; see the server's page or log.",
-            "模型加载失败；请查看页面或日志。",
-        )
-    return unavailable(
-        "loading", 10, "The model is still loading. Please try again in a moment.", "模型仍在加载，请稍后再试。"
-    )

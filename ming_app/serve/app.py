@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI
 
-from ming_app.serve.api import Api, explain_errors, loading
+from ming_app.serve.api import Api, explain_errors
 from ming_app.serve.guard import Guard, read_keys
 from ming_app.serve.metrics import Metrics
 from ming_app.settings import Settings
@@ -21,12 +19,6 @@ def build_app(loader: EngineLoader, settings: Settings) -> FastAPI:
     metrics = Metrics(lambda: _load(loader))
     loader.when_ready(lambda engine: engine.on_end(metrics.ended))
 
-    def engine() -> Any:
-        state = loader.state
-        if state.engine is None:
-            raise loading(state.error is not None)
-        return state.engine
-
     app = FastAPI(
         title="MING-MOE",
         summary="OpenAI-compatible chat completions with a router trace. For learning; not a physician.",
@@ -36,7 +28,7 @@ def build_app(loader: EngineLoader, settings: Settings) -> FastAPI:
     )
     app.add_middleware(Guard, keys=keys)
     app.add_middleware(SafeHeaders)
-    app.include_router(Api(engine, settings, metrics).router)
+    app.include_router(Api(loader.ready, settings, metrics).router)
     explain_errors(app)
     return mount(app, build_page(loader, settings), settings)
 

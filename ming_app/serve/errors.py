@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from ming_app.errors import BusyError, MingError, PromptTooLongError, UsageError
+from ming_app.errors import BusyError, MingError, NotReadyError, PromptTooLongError, UsageError
 
 
 @dataclass(eq=False)
@@ -53,6 +53,9 @@ def api_error(error: BaseException) -> ApiError:
             return unavailable(error.kind, error.retry_after, error.en, error.zh)
         code = "queue_full" if error.kind == "full" else "too_many_requests"
         return ApiError(429, "rate_limit_error", code, error.en, error.zh, retry_after=error.retry_after)
+    if isinstance(error, NotReadyError):
+        code, retry_after = ("failed", 60) if error.failed else ("loading", 10)
+        return unavailable(code, retry_after, error.en, error.zh)
     if isinstance(error, PromptTooLongError):
         return invalid("messages", error.en, error.zh, "context_length_exceeded")
     if isinstance(error, UsageError):

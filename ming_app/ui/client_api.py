@@ -48,9 +48,7 @@ def add_client_api(do: Handlers) -> None:
 
 def _answer(do: Handlers, visitor: str, question: Any, lang: str, most: Any, seed: Any) -> Iterator[dict[str, Any]]:
     """Raises MingError."""
-    engine = do.loader.state.engine
-    if engine is None:
-        raise refusal("refuse.failed" if do.loader.state.error else "refuse.loading")
+    engine = do.loader.ready()
     if not isinstance(question, str):
         raise UsageError("The question must be text.", "问题应为文本。")
     if not question.strip():

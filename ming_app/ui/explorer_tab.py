@@ -303,7 +303,7 @@ class ExplorerTab:
         explorer = session.explorer  # "New chat" may put another in its place meanwhile
         try:
             current = explorer.need()
-            found = inspect(self._engine(), current.trace, _changes_of(current.trace), cancel=_deadline())
+            found = inspect(self.do.loader.ready(), current.trace, _changes_of(current.trace), cancel=_deadline())
             explorer.replace(current, found)
             if explorer.view == "load":
                 explorer.view = "contribution"
@@ -322,7 +322,7 @@ class ExplorerTab:
         chosen: list[str],
     ) -> list[Any]:
         try:
-            info = self._engine().info
+            info = self.do.loader.ready().info
             layers = (int(first or 0), info.num_layers - 1 if last is None else int(last))
             everywhere = layers == (0, info.num_layers - 1)
             made = Intervention(
@@ -342,7 +342,7 @@ class ExplorerTab:
         skip = [gr.skip()] * 2
         try:
             explorer = session.explorer
-            engine, current, changes = self._engine(), explorer.need(), self._asked(texts)
+            engine, current, changes = self.do.loader.ready(), explorer.need(), self._asked(texts)
             if current.messages is None:
                 raise refusal("exp.no_question")
             plain = yield from self._greedy(
@@ -370,7 +370,7 @@ class ExplorerTab:
     def read_again(self, session: Session, texts: list[str]) -> list[Any]:
         """The same answer under the changes: how far the probabilities move."""
         try:
-            engine, current, changes = self._engine(), session.explorer.need(), self._asked(texts)
+            engine, current, changes = self.do.loader.ready(), session.explorer.need(), self._asked(texts)
             found = contrast(engine, current.trace, changes, cancel=_deadline())
             letters = option_letters(current.messages[-1].content) if current.messages else []
             options = option_probabilities(engine, current.messages or (), letters, changes)
@@ -380,12 +380,6 @@ class ExplorerTab:
         return [*_drawn(view, "", session.lang), ""]
 
     # -- pieces --------------------------------------------------------------------------------------------------
-
-    def _engine(self) -> Any:
-        engine = self.do.loader.state.engine
-        if engine is None:
-            raise refusal("refuse.loading")
-        return engine
 
     def _asked(self, texts: list[str]) -> tuple[Intervention, ...]:
         if not texts:

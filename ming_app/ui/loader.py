@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ming_app.errors import MingError
+from ming_app.errors import MingError, NotReadyError
 from ming_app.models.progress import Progress, ProgressCallback
 from ming_app.ui.starts import Starts
 
@@ -107,6 +107,12 @@ class EngineLoader:
                 return
             self._thread = threading.Thread(target=self._run, name="engine-loader", daemon=True)
             self._thread.start()
+
+    def ready(self) -> Any:
+        """The engine. Raises NotReadyError while there is none."""
+        if self.state.engine is None:
+            raise NotReadyError(self.state.error is not None)
+        return self.state.engine
 
     def wait(self, timeout: float | None = None) -> LoadState:
         """Blocks until loading ended or `timeout` seconds passed."""

@@ -164,8 +164,7 @@ class HelpPane:
         """The sitting in view, if the model may help with its question now. Raises MingError."""
         room = self.tab.room(session)
         sitting = room.sitting
-        if self.do.loader.state.engine is None:
-            raise refusal("refuse.failed" if self.do.loader.state.error else "refuse.loading")
+        self.do.loader.ready()
         if sitting is None or (sitting.mode == "exam" and sitting.finished is None):
             raise refusal("exam.ai.not_in_mock")
         if revealing and not sitting.revealed(sitting.position):
