@@ -94,16 +94,20 @@ def _attend(
 def _by_products(
     q: Tensor, k: Tensor, v: Tensor, k0: Tensor | None, v0: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
-    """Plain products: on a CPU the fused kernel's backward is slow for short rows, and these never copy k0 and v0."""
+    """Plain products: on a CPU the fused kernel's backward is slow for short rows, and these never copy k0 and v0.
+
+    Scores and softmax are float32, as inside the fused kernels: Qwen's keys have large biases, and scores rounded to bf16 blur
+    what is attended to."""
     kv, group, rows, n, width = q.shape
-    own = q.transpose(1, 2).reshape(kv, rows, group * n, width) * scale
-    scores = own @ k.transpose(-1, -2)  # (H_kv, rows, group n, n)
+    own = q.transpose(1, 2).reshape(kv, rows, group * n, width).float() * scale
+    scores = own @ k.float().transpose(-1, -2)  # (H_kv, rows, group n, n)
     future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1).repeat(group, 1)
     scores = scores.masked_fill(future, -torch.inf)
     if k0 is not None:
-        before = (own.flatten(1, 2) @ k0.transpose(-1, -2)).unflatten(1, (rows, group * n))
+        before = (own.flatten(1, 2) @ k0.float().transpose(-1, -2)).unflatten(1, (rows, group * n))
         scores = torch.cat([before, scores], dim=-1)
-    weights = F.dropout(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
+    weights = scores.softmax(-1).to(v.dtype)
+    weights = F.dropout(weights, dropout) if dropout else weights
     out = weights[..., -n:] @ v
     if v0 is not None:
         out = out + (weights[..., :-n].flatten(1, 2) @ v0).unflatten(1, (rows, group * n))

@@ -70,14 +70,21 @@ def score_letters(
     done = 0
     for batch in pack(samples, batch_tokens, share=packed(model)):
         last = torch.from_numpy(batch.learn_at).to(model.lm_head.weight.device)
-        logits = model.lm_head(hidden_states(model, batch)[last]).float().cpu()
-        for row, sample in zip(logits, batch.samples, strict=True):
+        states = hidden_states(model, batch)[last].float()
+        for state, sample in zip(states, batch.samples, strict=True):
             index = place[id(sample)]
-            scores[index] = row[tasks[index].letter_ids].log_softmax(-1).numpy()
+            logits = _logits(model.lm_head, state, tasks[index].letter_ids)
+            scores[index] = logits.log_softmax(-1).cpu().numpy()
         done += len(batch.samples)
         if tick:
             tick(done, len(tasks))
     return scores
+
+
+def _logits(head: Any, state: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """float32 logits of some tokens: as bf16 two letters would often tie."""
+    bias = None if head.bias is None else head.bias[ids].float()
+    return torch.nn.functional.linear(state, head.weight[ids].float(), bias)
 
 
 def _asked(task: LetterTask) -> Sample:

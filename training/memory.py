@@ -24,7 +24,7 @@ class FreedMemory:
         self._process = psutil.Process()
         self._settled = 0
         if self._libc:
-            for name, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 1 << 28)):
+            for name, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 1 << 28)):
                 self._libc.mallopt(name, value)
 
     def after_step(self) -> None:
@@ -36,3 +36,4 @@ class FreedMemory:
             self._settled = resident
         elif resident > GROWTH * self._settled:
             self._libc.malloc_trim(0)
+            self._settled = max(self._settled, self._process.memory_info().rss)  # what is in use is no growth
