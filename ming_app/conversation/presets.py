@@ -37,6 +37,11 @@ def presets() -> dict[str, Preset]:
     }
 
 
+def chosen(talk: Conversation) -> str:
+    """The name under which the conversation's role is chosen; the first for one that there is not."""
+    return talk.preset if talk.preset == OWN or talk.preset in presets() else next(iter(presets()))
+
+
 def system_of(talk: Conversation, lang: str) -> str:
     """What the model is told first; "" for its own default."""
     if talk.preset == OWN:

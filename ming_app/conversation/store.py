@@ -123,15 +123,15 @@ class ConversationStore(Database):
                 db.execute(f"{self.insert('turns')} ON CONFLICT DO UPDATE SET {changes}", row)
 
     def drop_turn(self, talk: Conversation, turn: Turn) -> None:
-        """A turn that was taken back; the conversation too when it was the only one. One that another window has answered
-        meanwhile stays."""
+        """A turn that was taken back; the conversation too when nobody has said anything in it then. One that another window
+        has answered meanwhile stays."""
         where = [talk.id, turn.id]
         if self.rows("SELECT 1 FROM turns WHERE conversation=? AND parent=? LIMIT 1", where):
             return
         self._touch("turns", *where)
         with self._write() as db:
             db.execute("DELETE FROM turns WHERE conversation=? AND id=?", where)
-        if not self.rows("SELECT 1 FROM turns WHERE conversation=? LIMIT 1", where[:1]):
+        if not self.rows("SELECT 1 FROM turns WHERE conversation=? AND role='user' LIMIT 1", where[:1]):
             self.delete(talk.id)
 
     def rename(self, name: str, title: str) -> None:

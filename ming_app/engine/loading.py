@@ -41,7 +41,7 @@ def load_engine(settings: Settings, progress: ProgressCallback | None = None) ->
     folder = engine_folder(settings, local, adapter, precision) if backend_name == "cpu" else None
     built = folder is None or folder.is_dir()
     molora = adapter.config if adapter else None
-    preflight(base_config, backend_name, precision, settings, molora, device=device, built=built)
+    need = preflight(base_config, backend_name, precision, settings, molora, device=device, built=built)
     backend: Backend
     if folder is not None:
         backend = _open_cpu(folder, local, adapter, precision, settings, progress)
@@ -57,7 +57,7 @@ def load_engine(settings: Settings, progress: ProgressCallback | None = None) ->
         _info(local, adapter, backend),
         local.adapter,
         slots=settings.streams,
-        kv_tokens=settings.kv_tokens,
+        kv_tokens=need.kv_tokens,
         max_waiting=settings.max_queue,
         per_visitor=settings.per_visitor,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ _TORCH_BYTES: Mapping[str, tuple[float, float, float, float]] = {
 _RUNTIME = {"cpu": 250_000_000, "torch": 700_000_000}  # interpreter and libraries once loaded, measured
 _CUDA_CONTEXT = 800_000_000
 _PREFILL = 512  # tokens that go through the model at once
+_CONTEXTS = (4, 3, 2)  # how many the cache of all conversations may hold; one it must
 TOLERANCE = 0.9  # an estimate is not a measurement: refuse only what is clearly too large
 
 
@@ -46,6 +47,8 @@ class Estimate:
     ram: int
     vram: int
     """0 on a CPU"""
+    kv_tokens: int = 0
+    """tokens of all conversations that the cache holds"""
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,11 @@ def estimate(
     config: Mapping[str, Any],
     backend: str,
     precision: str,
-    context: int,
+    kv_tokens: int,
     adapter: MoLoRAConfig | None = None,
     device: str = "cpu",
 ) -> Estimate:
-    """Needs of a Qwen2-like or Llama-like base (config.json) with `adapter`, at `context` tokens of one conversation."""
+    """Needs of a Qwen2-like or Llama-like base (config.json) with `adapter`, with a full cache of `kv_tokens`."""
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     layers, vocab, heads = config["num_hidden_layers"], config["vocab_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
@@ -77,14 +80,14 @@ def estimate(
     if backend == "cpu" or not config.get("tie_word_embeddings"):  # the CPU engine keeps the head on its own
         weights += vocab * hidden * head
     experts = _adapter_parameters(adapter, layers, hidden, ffn) * exact if adapter else 0
-    cache = 2 * layers * narrow * context * (4 if precision == "float32" else 2)
+    cache = 2 * layers * narrow * kv_tokens * (4 if precision == "float32" else 2)
     working = _PREFILL * (6 * ffn + 4 * hidden) * 4
     held = int(weights + embedding + experts)
     if device == "cuda":
-        return Estimate(0, _RUNTIME["torch"] + held, held + cache + working + _CUDA_CONTEXT)
+        return Estimate(0, _RUNTIME["torch"] + held, held + cache + working + _CUDA_CONTEXT, kv_tokens)
     passing = vocab * hidden * 4 if backend == "torch" else 0  # the largest tensor, float32, on its way in
     disk = held if backend == "cpu" else 0
-    return Estimate(disk, _RUNTIME[backend] + held + cache + working + passing, 0)
+    return Estimate(disk, _RUNTIME[backend] + held + cache + working + passing, 0, kv_tokens)
 
 
 def _weight_bytes(backend: str, precision: str) -> tuple[float, float, float, float]:
@@ -113,7 +116,8 @@ def preflight(
     built: bool = False,
     machine: Machine | None = None,
 ) -> Estimate:
-    """The estimate, if it fits. `built`: the engine's files are in the cache already, so no disk is needed.
+    """The estimate, if it fits. `built`: the engine's files are in the cache already, so no disk is needed. Where
+    `settings.kv_tokens` leaves it open, the cache holds as many contexts as there is room for, at most four.
 
     Raises PreflightError that says what is needed, what is free, and what would fit; WeightsError for a config.json that
     is not a base's.
@@ -121,24 +125,30 @@ def preflight(
     check_base_config(config)
     machine = machine or measure_machine(settings.cache_dir, device)
     context = min(settings.context, config.get("max_position_embeddings") or settings.context)
-    need = estimate(config, backend, precision, context, adapter, device)
-    if built:
-        need = Estimate(0, need.ram, need.vram)
-    short = _shortage(need, machine)
+
+    def need(kv_tokens: int) -> Estimate:
+        found = estimate(config, backend, precision, kv_tokens, adapter, device)
+        return replace(found, disk=0) if built else found
+
+    for contexts in () if settings.kv_tokens else _CONTEXTS:
+        if not _shortage(need(contexts * context), machine, 1.0):
+            return need(contexts * context)
+    least = max(settings.kv_tokens, context)
+    short = _shortage(need(least), machine)
     if short:
-        raise _refusal(short, backend, precision, _alternatives(config, backend, context, adapter, device, machine))
-    return need
+        raise _refusal(short, backend, precision, _alternatives(config, backend, least, adapter, device, machine))
+    return need(least)
 
 
-def _shortage(need: Estimate, machine: Machine) -> tuple[str, str, int, int] | None:
+def _shortage(need: Estimate, machine: Machine, tolerance: float = TOLERANCE) -> tuple[str, str, int, int] | None:
     """(what in English, in Chinese, bytes needed, bytes free) of the first thing that is too small."""
     table = (
         ("disk space", "磁盘空间", need.disk, machine.disk, 1.0),
-        ("memory", "内存", need.ram, machine.ram, TOLERANCE),
-        ("GPU memory", "显存", need.vram, machine.vram, TOLERANCE),
+        ("memory", "内存", need.ram, machine.ram, tolerance),
+        ("GPU memory", "显存", need.vram, machine.vram, tolerance),
     )
-    for en, zh, wanted, there, tolerance in table:
-        if there is not None and wanted * tolerance > there:
+    for en, zh, wanted, there, share in table:
+        if there is not None and wanted * share > there:
             return en, zh, wanted, there
     return None
 
@@ -146,7 +156,7 @@ def _shortage(need: Estimate, machine: Machine) -> tuple[str, str, int, int] | N
 def _alternatives(
     config: Mapping[str, Any],
     backend: str,
-    context: int,
+    kv_tokens: int,
     adapter: MoLoRAConfig | None,
     device: str,
     machine: Machine,
@@ -156,14 +166,14 @@ def _alternatives(
     fitting = []
     for kind in backends:
         for precision in PRECISIONS[kind]:
-            need = estimate(config, kind, precision, context, adapter, device)
+            need = estimate(config, kind, precision, kv_tokens, adapter, device)
             if not _shortage(need, machine):
                 fitting.append(f"--backend {kind} --precision {precision} ({gigabytes(need.vram or need.ram)})")
     if fitting:
         return fitting[:2]
     for model in sorted(list_models(), key=lambda model: model.size, reverse=True):
         smallest = PRECISIONS[backend][-1]
-        if model.shape and not _shortage(estimate(model.shape, backend, smallest, context, adapter, device), machine):
+        if model.shape and not _shortage(estimate(model.shape, backend, smallest, kv_tokens, adapter, device), machine):
             return [f"--model {model.name} --precision {smallest}"]
     return []
 

@@ -131,9 +131,8 @@ def load_view(
     ]
     columns = _columns(lang, "layer", "matrix", "expert", "share", "low", "high", "outside", "gini", "entropy")
     scope = Where(None, projection).text(lang, trace)
-    note = say(
-        lang, "load.note", scope=scope, tokens=found.tokens, even=percent(even), dead=_dead(found.dead, trace, lang)
-    )
+    dead = _dead([cell for cell in found.dead if cell[1] == projection], trace, lang)
+    note = say(lang, "load.note", scope=scope, tokens=found.tokens, even=percent(even), dead=dead)
     return View("load", say(lang, "load.title"), note, figure, Table(columns, rows_of_table))
 
 

@@ -49,7 +49,7 @@ KNOWN_NUMBERS = frozenset(
 _NUMBER = re.compile(
     r"(?:call|dial|phone|ring|tel|telephone|hotline|helpline|line|text|whatsapp|contact)\W{0,4}(?:\w+\W+){0,5}?(\+?\d[\d\s().-]{4,18}\d)"
     r"|(?:电话|拨打|热线|致电|联系|号码|专线|客服)[^\d。\n]{0,12}(\+?\d[\d\s()-]{3,18}\d)"
-    r"|(\+\d{1,3}[\s-]?\d[\d\s().-]{6,16}\d|\b\d{3}[-.\s]\d{3}[-.\s]\d{4}\b|\b400-?\d{3}-?\d{4}\b|\b1[3-9]\d{9}\b|\b0\d{2,3}-\d{7,8}\b)"
+    r"|(\+\d{1,3}[\s-]?\d[\d\s().-]{6,16}\d|(?<!\d)(?:\d{3}[-.\s]\d{3}[-.\s]\d{4}|400-?\d{3}-?\d{4}|1[3-9]\d{9}|0\d{2,3}-\d{7,8})(?!\d))"
 )
 
 
@@ -83,7 +83,7 @@ def check_answer(answer: str) -> tuple[OutputNote, ...]:
         hit = next(filter(None, (pattern.search(text) for pattern in patterns)), None)
         if hit is not None:
             found.append(OutputNote(name, hit[0].strip()))
-    for hit in _NUMBER.finditer(text):
+    for hit in _NUMBER.finditer(plain(answer, numbers=True)):
         digits = re.sub(r"\D", "", next(filter(None, hit.groups())))
         if digits not in KNOWN_NUMBERS:
             found.append(OutputNote("phone", hit[0].strip()))

@@ -28,8 +28,9 @@ def _to_simplified() -> Any:
     return opencc.OpenCC("t2s")
 
 
-def plain(text: str) -> str:
-    """NFKC, no invisible characters, simplified Chinese, small letters, ASCII punctuation, no apostrophes."""
+def plain(text: str, *, numbers: bool = False) -> str:
+    """NFKC, no invisible characters, simplified Chinese, small letters, ASCII punctuation, no apostrophes. Without `numbers`
+    long ones are zeros."""
     text = _shortened(text)
     text = _shortened(unicodedata.normalize("NFKC", text.translate(_WIDE)))
     text = _INVISIBLE.sub("", text)
@@ -37,7 +38,8 @@ def plain(text: str) -> str:
         text = _to_simplified().convert(text)
     text = text.lower().translate(_WIDE).replace("'", "").replace("`", "")
     text = re.sub(r"[ \t\u3000]+", " ", text)
-    text = re.sub(r"\d{9,}", "00000000", text)
+    if not numbers:
+        text = re.sub(r"\d{9,}", "00000000", text)
     text = re.sub(r"([a-z])\1{2,}", r"\1\1", text)  # "sooo"
     return re.sub(r"(\D)\1{11,}", lambda run: run[0][:12], text)  # patterns need not search through runs
 

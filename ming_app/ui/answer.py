@@ -103,6 +103,8 @@ class _Plan:
     parts: tuple[_Part, ...] = ()
     params: SamplingParams = SamplingParams()
     shown: Callable[[str, bool], str] = lambda text, _over: text
+    cut: str = "notice.length"
+    """what is said where the model used up its tokens; "" for nothing"""
     said: str = ""
     reason: str = "stop"
     """of an answer without the model; READY where a consultation's summary stands"""
@@ -140,6 +142,7 @@ def _consultation(session: Session, params: SamplingParams) -> _Plan:
             (_Part(consult.question_messages(turns, step, lang)),),
             asked,
             lambda text, over: consult.worded(text, step, lang) if over else "",
+            cut="",  # it stands there as a whole question all the same
         )
     if not any(turn.reason == READY for turn in turns):
         talk.summary = consult.compose(turns, lang)
@@ -156,7 +159,8 @@ def _consultation(session: Session, params: SamplingParams) -> _Plan:
         ends = [text.rfind(sign) for sign in "。！？!?\n"] + [text.rfind(". ")]
         return without_doses(text if over else text[: max(ends) + 1], lang)
 
-    return _Plan(tuple(parts), params if later else replace(params, max_new_tokens=consult.SECTION_TOKENS), shown)
+    asked = params if later else replace(params, max_new_tokens=consult.SECTION_TOKENS)
+    return _Plan(tuple(parts), asked, shown, cut="notice.cut")
 
 
 class _Writer:
@@ -164,7 +168,7 @@ class _Writer:
 
     def __init__(self, session: Session, info: EngineInfo, plan: _Plan, clock: Callable[[], float]):
         self.session, self.clock, self.num_experts, self.model = session, clock, info.num_experts, info.title
-        self.as_shown, self.parts, self.talk = plan.shown, list(plan.parts), session.talk
+        self.as_shown, self.parts, self.cut, self.talk = plan.shown, list(plan.parts), plan.cut, session.talk
         self.ended = False
         self.begin = self.shown = self.drawn = clock()
         self.first = 0.0
@@ -284,6 +288,7 @@ class _Writer:
         session, timings = self.session, event.timings
         session.error = None  # "an answer is being written", if someone pressed Enter meanwhile, is over
         if not self.prompt_tokens:  # ended while the prompt was read: the person gets the question back
+            self.ended = True
             if not session.continuing:
                 session.returned = take_back(session).text
             session.notices += (Note("notice.deadline", {"n": 0}),) if event.reason == "deadline" else ()
@@ -305,8 +310,11 @@ class _Writer:
             event.prompt_tokens, event.new_tokens, timings.tokens_per_second, timings.first_token_seconds
         )
         session.status = Note("status.stopped" if reason == "cancelled" else "status.done")
-        if reason in ("length", "deadline", "loop", "closing"):
-            session.notices += (Note(f"notice.{reason}", {"n": event.new_tokens}),)
+        told = (
+            self.cut if reason == "length" else f"notice.{reason}" if reason in ("deadline", "loop", "closing") else ""
+        )
+        if told:
+            session.notices += (Note(told, {"n": event.new_tokens}),)
         if not self.turn.text.strip() and reason != "cancelled":
             session.notices += (Note("notice.empty"),)
         if event.trace is not None:

@@ -234,6 +234,11 @@ def open_talk(session: Session, talk: Conversation) -> None:
     clear(session)
     session.talk, session.returned = talk, returned
     session.incognito = False
+    read(session)
+
+
+def read(session: Session) -> None:
+    """Looks through a conversation that came from elsewhere: what the person wrote, and every answer in view."""
     look(session)
     for turn in session.turns:
         if turn.role == "assistant":
@@ -263,9 +268,10 @@ def rate(session: Session, index: int, rating: int, comment: str) -> None:
         keep(session, turns[index])
 
 
-def look(session: Session) -> None:
-    """Looks through everything the person has written in the conversation in view."""
-    session.danger = assess([turn.text for turn in session.turns if turn.role == "user"], session.memory)
+def look(session: Session, also: str = "") -> None:
+    """Looks through everything the person has written in the conversation in view, and words that stand in the box."""
+    said = [turn.text for turn in session.turns if turn.role == "user"]
+    session.danger = assess([*said, also] if also else said, session.memory)
     session.urged = False
 
 
@@ -282,7 +288,7 @@ def keep(session: Session, *turns: Turn) -> None:
 
 def take_back(session: Session) -> Turn:
     """The last turn leaves the conversation, and where it is kept. One that was asked again, with answers, only leaves the
-    view."""
+    view. A warning that a question raised stays: its words go back to the person."""
     turn, before = session.turns[-1], session.before
     session.before = ""
     if any(node.parent == turn.id for node in session.talk.nodes.values()):  # asked again: the answers are there still
@@ -291,9 +297,9 @@ def take_back(session: Session) -> Turn:
     session.talk.drop_leaf()
     if before in session.talk.nodes:  # an edit that was not answered: what it was to replace comes back
         session.talk.leaf = before
-    if not session.talk.nodes:
+    if all(node.role == "assistant" for node in session.talk.nodes.values()):  # nothing, or what opens a consultation
         session.talk.title = ""
-    look(session)
+    look(session, turn.text if turn.role == "user" else "")
     if session.store is not None and not session.incognito:
         with contextlib.suppress(MingError):
             session.store.drop_turn(session.talk, turn)

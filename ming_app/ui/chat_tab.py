@@ -64,6 +64,8 @@ class ChatTab:
             self.summary,
             self.talks,
             self.kept,
+            self.system,
+            self.own,
             session,
         ]
         self.streamed = [self.chatbot, self.panel, self.status, self.notices, self.alert]
@@ -305,6 +307,7 @@ class ChatTab:
         )
         self.chatbot.like(do.rate, [session], page, **QUIET)
         self.kept.change(None, [self.kept], None, js="(text) => ming.keep('chat', text)")
+        self.summary.input(do.correct, [session, self.summary], None, trigger_mode="always_last", **QUIET)
         noted = self.save_note.click(do.save_note, [session, self.summary], [self.download], **QUIET)
         noted.success(None, [self.download], None, js=SAVE)
         self._wire_settings()
@@ -312,10 +315,11 @@ class ChatTab:
     def _wire_settings(self) -> None:
         session, sampling = self.session, list(self.sampling.values())
         defaults = [component.value for component in sampling]
-        self.reset.click(lambda: [*defaults, ""], None, [*sampling, self.starting], **QUIET)
         told = [session, self.system, self.own, self.starting]
+        reset = self.reset.click(lambda: [*defaults, ""], None, [*sampling, self.starting], **QUIET)
+        reset.then(self.do.tell, told, [self.own], **QUIET)
         for component in (self.system, self.own, self.starting):
-            component.change(self.do.tell, told, [self.own], **QUIET)
+            component.input(self.do.tell, told, [self.own], **QUIET)
         for kind, button in self.saves.items():
             saved = button.click(self.do.save(kind), [session], self.download, **QUIET)
             saved.success(None, [self.download], None, js=SAVE)

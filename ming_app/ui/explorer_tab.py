@@ -256,8 +256,11 @@ class ExplorerTab:
     def show_answer(self, session: Session, index: float) -> list[Any]:
         """Opens the answer that is the `index`-th of the conversation."""
         answers = [turn.exhibit for turn in session.turns if turn.role == "assistant"]
-        key = answers[int(index)] if 0 <= index < len(answers) else None
-        return [gr.Tabs(selected="experts"), *self.choose(session, key or None)]
+        key = answers[int(index)] if 0 <= index < len(answers) else ""
+        if session.explorer.find(key) is None:
+            *seen, _ = self.refresh(session)
+            return [gr.Tabs(selected="experts"), *seen, render.alert(t(session.lang, "exp.gone"))]
+        return [gr.Tabs(selected="experts"), *self.choose(session, key)]
 
     def open_example(self, session: Session) -> list[Any]:
         """The atlas that comes with the app; it needs no model."""

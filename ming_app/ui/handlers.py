@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from ming_app.conversation.presets import MAX_SYSTEM, OWN, system_of
+from ming_app.conversation.presets import MAX_SYSTEM, OWN, chosen, system_of
 from ming_app.engine.types import DEADLINE, PATIENCE, EngineInfo, SamplingParams
 from ming_app.errors import MingError
 from ming_app.settings import Settings
@@ -92,6 +92,8 @@ class Handlers:
             summary,
             self.talks.payload(session),
             self.talks.kept(session),
+            gr.update(value=chosen(session.talk)),
+            gr.update(value=session.talk.system, visible=session.talk.preset == OWN),
             session,  # so that Gradio does not take somebody who writes for one who has gone
         ]
 
@@ -103,10 +105,11 @@ class Handlers:
             render.notices(session),
         ]
 
-    def _admit(self, session: Session, put: Callable[[], None], text: str = "") -> list[Any]:
-        """Runs `put`, which sets the question, when the engine can take it; else says in a message why not.
+    def _admit(self, session: Session, put: Callable[[], None], text: str = "", *, boxed: str = "") -> list[Any]:
+        """Runs `put`, which sets the question, when the engine can take it; else says in a message why not, and warns all the
+        same of an emergency.
 
-        `text`: a question that is not in the box; it goes there when it is refused.
+        `text`: a question that is not in the box; it goes there when it is refused. `boxed`: one that stands there.
         """
         if session.store is None:  # Gradio forgot a visitor whose computer slept
             self.talks.enter(session)
@@ -117,6 +120,8 @@ class Handlers:
             put()
         except MingError as error:
             session.returned = text or None
+            if text or boxed:
+                chat.look(session, (text or boxed)[: chat.MAX_CHARS])
             raise _refused(session, error) from None
         session.status = chat.Note("status.queued")
         return self.show(session)
@@ -132,7 +137,7 @@ class Handlers:
             raise refusal("refuse.busy", n=waiting, seconds=round(state.engine.expected_wait()))
 
     def ask(self, session: Session, text: str) -> list[Any]:
-        shown = self._admit(session, lambda: chat.ask(session, text or ""))
+        shown = self._admit(session, lambda: chat.ask(session, text or ""), boxed=text or "")
         shown[4] = gr.update(value="")
         return shown
 
@@ -180,6 +185,12 @@ class Handlers:
     def explain(self, session: Session, summary: str) -> list[Any]:
         """The explanation of a consultation, over the summary as the person left it."""
         return self._admit(session, lambda: chat.explain(session, summary or ""))
+
+    def correct(self, session: Session, summary: str) -> None:
+        """The person changes the summary of a consultation."""
+        if session.talk.mode == "consult" and summary and summary.strip():
+            session.talk.summary = summary[: chat.MAX_CHARS]
+            chat.keep(session)
 
     def choose_mode(self, session: Session, mode: str) -> None:
         begin_consultation(session, mode == "consult")

@@ -37,9 +37,11 @@ if TYPE_CHECKING:
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' data: blob:; worker-src 'self' blob:; "
-    "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'"
+    "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'; "
+    "frame-ancestors 'self' https://huggingface.co"
 )
-"""Gradio needs inline scripts and `new Function`; what matters here is that no other host can be reached."""
+"""Gradio needs inline scripts and `new Function`; what matters here is that no other host can be reached, and that no other
+site can show the page in a frame and have it clicked (a Space is shown in one of Hugging Face's)."""
 SESSIONS = 300
 """visitors that Gradio remembers, about 1 MB each, long after they have gone; who is forgotten and comes back begins anew, with
 the conversations that disk or browser keep"""

@@ -151,6 +151,10 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
         "en": "The server was stopped, so the answer ends here, after {n} tokens. It is kept.",
         "zh": "服务器正在停止，回答在 {n} 个词元处结束，已写出的内容已保留。",
     },
+    "notice.cut": {
+        "en": "The explanation was cut after {n} tokens. Ask for the rest in the box below.",
+        "zh": "说明写到 {n} 个词元时被截断。可在下方输入框中请它继续说明。",
+    },
     "notice.empty": {
         "en": "The model ended its answer without a word. Answer again, or put the question differently.",
         "zh": "模型没有给出内容就结束了。请重新回答，或换一种问法。",
@@ -196,6 +200,10 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     },
     # -- conversations -------------------------------------------------------------------------------------------
     "talk.title": {"en": "Conversations", "zh": "对话记录"},
+    "talk.full": {
+        "en": "This browser has no room for your conversations, so the last change is not kept: export them now (“All, JSON” in the list).",
+        "zh": "浏览器存储空间不足，最近的更改未能保存：请立即在对话列表中导出（“全部对话：JSON”）。",
+    },
     "talk.new": {"en": "New", "zh": "新对话"},
     "talk.incognito": {"en": "Incognito", "zh": "无痕"},
     "talk.incognito_note": {
@@ -312,7 +320,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "exp.view_load": {"en": "Load", "zh": "负载"},
     "exp.view_contribution": {"en": "Contribution", "zh": "贡献"},
     "exp.view_groups": {"en": "Groups", "zh": "分组"},
-    "exp.view_vocabulary": {"en": "Tokens", "zh": "词元偏好"},
+    "exp.view_vocabulary": {"en": "Vocabulary", "zh": "词元偏好"},
     "exp.view_together": {"en": "Together", "zh": "共现"},
     "exp.view_flow": {"en": "Flow", "zh": "流向"},
     "exp.view_alike": {"en": "Likeness", "zh": "相似度"},
@@ -322,6 +330,10 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "exp.empty": {
         "en": "Nothing to look at yet. Ask a question in the chat, or open a saved record.",
         "zh": "暂无可查看的内容。请先在对话中提问，或打开已保存的记录。",
+    },
+    "exp.gone": {
+        "en": "The routing of that answer is not here: records are kept for the last answers of a page that is open. Ask the question again to see it.",
+        "zh": "没有该回答的路由记录：只保留当前页面最近若干回答的记录。请重新提问后查看。",
     },
     "exp.no_rows": {
         "en": "Nothing stands out here; in so few tokens that is to be expected.",
@@ -415,7 +427,7 @@ TEXTS: Mapping[str, Mapping[str, str]] = {
     "about.privacy_title": {"en": "What happens to what you write", "zh": "您输入的内容如何处理"},
     "about.privacy": {
         "en": "Your questions are answered on the machine that serves this page and are held in its memory while the page is open and for at most an hour after. They are not written to a log, not sent anywhere else and not used for training. Conversations are kept on this machine, or on a public page in your browser only, until you delete them; incognito ones are kept nowhere. A routing record that you save contains the conversation's text; its temporary copy is deleted within the hour. Your browser keeps the language and the appearance you chose. The Exam tab keeps your answers, flags and notes, on this machine or in your browser only, as its pane \u201cMy data\u201d says; there you can export or delete them.",
-        "zh": "您的问题只在提供本页面的机器上处理，仅在页面打开期间及之后最多一小时内保存在内存中；不写入日志，不发送到其他地方，也不用于训练。对话保存在本机（公开页面上只保存在您的浏览器中），可随时删除；无痕对话不会保存。您保存的路由记录包含对话文本，其临时副本会在一小时内删除。浏览器会记住您选择的语言和外观。“练习”页会保存您的作答、标记与笔记，只存于本机或您的浏览器（见“我的数据”），可随时导出或删除。",
+        "zh": "您的问题只在提供本页面的机器上处理，仅在页面打开期间及之后最多一小时内保存在内存中；不写入日志，不发送到其他地方，也不用于训练。对话保存在本机（公开页面上只保存在您的浏览器中），可随时删除；无痕对话不会保存。您保存的路由记录包含对话文本，其临时副本会在一小时内删除。浏览器会记住您选择的语言和外观。“刷题”页会保存您的作答、标记与笔记，只存于本机或您的浏览器（见“我的数据”），可随时导出或删除。",
     },
 }
 

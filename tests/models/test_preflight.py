@@ -51,9 +51,10 @@ def test_recipes_of_the_engine_are_counted(precision, ffn_bytes):
     assert two - one == pytest.approx(attention * 1.0625 + ffn * ffn_bytes, abs=1)
 
 
-def check(config, backend="cpu", precision="8bit", device="cpu", built=False, **machine):
+def check(config, backend="cpu", precision="8bit", device="cpu", built=False, kv_tokens=0, **machine):
     free = Machine(**{"disk": 10**15, "ram": 10**15, **machine})
-    return preflight(config, backend, precision, Settings(), device=device, machine=free, built=built)
+    settings = Settings(kv_tokens=kv_tokens)
+    return preflight(config, backend, precision, settings, device=device, machine=free, built=built)
 
 
 def test_what_fits_passes():
@@ -91,10 +92,29 @@ def test_disk_and_gpu_memory_are_named():
 
 
 def test_a_close_call_is_let_through():
-    need = check(SMALL).ram
-    check(SMALL, ram=int(need * 0.95))
+    need = estimate(SMALL, "cpu", "8bit", 4096).ram  # one context
+    assert check(SMALL, ram=int(need * 0.95)).kv_tokens == 4096
     with pytest.raises(PreflightError):
         check(SMALL, ram=int(need * 0.85))
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "device", "kind"), [("cpu", "4bit", "cpu", "ram"), ("torch", "nf4", "cuda", "vram")]
+)
+def test_the_cache_holds_as_many_contexts_as_fit(backend, precision, device, kind):
+    """A 14B in nf4 beside four contexts needs 28 GB of a GPU; on one of 24 GB it serves with fewer."""
+    needs = {n: getattr(estimate(LARGE, backend, precision, n * 4096, None, device), kind) for n in (1, 2, 3, 4)}
+    for n, room in needs.items():
+        found = check(LARGE, backend, precision, device, **{kind: room})
+        assert found.kv_tokens == n * 4096 and getattr(found, kind) == room
+    assert check(LARGE, backend, precision, device, **{kind: needs[4] - 1}).kv_tokens == 3 * 4096
+
+
+def test_a_cache_that_was_asked_for_is_counted():
+    assert check(SMALL, kv_tokens=10_000).kv_tokens == 10_000 and check(SMALL, kv_tokens=5).kv_tokens == 4096
+    need = estimate(SMALL, "cpu", "8bit", 100_000).ram
+    with pytest.raises(PreflightError, match="memory"):
+        check(SMALL, kv_tokens=100_000, ram=int(need * 0.8))
 
 
 def test_the_context_of_the_model_caps_the_setting():

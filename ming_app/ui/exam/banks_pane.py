@@ -21,6 +21,7 @@ from ming_app.ui.bilingual import labelled
 from ming_app.ui.chat import Session
 from ming_app.ui.exam import pages
 from ming_app.ui.exam.reading import Reading, chosen_options, reading_choices, reading_words
+from ming_app.ui.exam.room import Room
 from ming_app.ui.handlers import QUIET, Updates
 from ming_app.ui.text import t
 
@@ -154,7 +155,13 @@ class BanksPane:
             return {self.tab.message: gr.skip()}
         room.reading = Reading(Path(path).name, Path(path).read_bytes())
         found = self._read(session, room.reading)
-        return {**found, self.bank_title: Path(path).stem[:80]}
+        return {**found, self.bank_title: self._free_title(room, Path(path).stem[:80])}
+
+    def _free_title(self, room: Room, title: str) -> str:
+        """A title that no kept bank has: one of the same title would be replaced."""
+        taken = {name for bank in room.desk.shelf.list() for name in bank.titles.values()}
+        numbered = (f"{title[:74]} ({n})" for n in range(2, 1000))
+        return title if title not in taken else next((name for name in numbered if name not in taken), title)
 
     def reread(self, session: Session, event: gr.EventData) -> Updates:
         """Reads the file again as the person chose."""

@@ -101,6 +101,7 @@ class HelpPane:
             self.panel_box,
             self.case,
             self.print,
+            self.stop,
         ]
 
     def fresh(self, sitting: Sitting) -> Updates:
@@ -129,6 +130,7 @@ class HelpPane:
             self.panel_box: gr.update(visible=False),
             self.case: "",
             self.print: gr.update(visible=False),
+            self.stop: gr.update(visible=False),
         }
 
     def wire(self, tabs: gr.Tabs, page: list[Any], show: Callable[[Session], list[Any]]) -> None:
@@ -200,7 +202,10 @@ class HelpPane:
                     if room.place != place:  # another question is in view by now
                         return
                     yield self._help(helper, note, shown)
-            letter = tutor.final_letter(helper.turns[-1].text) if kind in ("explain", "why_not") else ""
+            said = (
+                helper.turns[-1].text if helper.turns else ""
+            )  # refused or stopped before its first word, it took back
+            letter = tutor.final_letter(said) if kind in ("explain", "why_not") else ""
             right = letters_shown(order, question.answer)
             if letter and letter not in right:
                 note = pages.told(
@@ -328,6 +333,8 @@ class HelpPane:
         chat.clear(session)
         if answered and helper is not None:
             session.talk = Conversation.of([Turn("user", text), helper.turns[-1]])
+            session.talk.preset, session.talk.system = session.preset, session.own
+            chat.read(session)
             chat.keep(session, *session.turns)
             session.trace, session.payload = helper.trace, helper.payload
         else:

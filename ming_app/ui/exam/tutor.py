@@ -80,5 +80,7 @@ def blotted(text: str, question: Question, finished: bool) -> str:
 
 def final_letter(text: str) -> str:
     """The letter that an explanation ends on ("答案：C", "Answer: C"), as shown; "" where it names none."""
-    found = re.findall(r"(?:答案|选项|answer)\s*(?:是|为|is)?\s*[:：]?\s*([A-J])(?![A-Za-z])", text, re.I)
-    return found[-1].upper() if found else ""
+    found = re.findall(
+        r"(?:答案|[故应]选|(?i:answer))\s*(?:应?是|应?为|is)?\s*[:：]?\s*[(（]?([A-J])(?![A-Za-z])", text
+    )
+    return found[-1] if found else ""

@@ -3,8 +3,8 @@
 (() => {
   const VERSION = 1;
   const KINDS = {
-    exam: { name: "ming.exam", head: { ming_progress: 1 }, full: "#ming-exam-message" },
-    chat: { name: "ming.chat", head: {}, full: "#ming-notices" },
+    exam: { name: "ming.exam", head: { ming_progress: 1 }, box: "#ming-exam-message", full: "full_exam" },
+    chat: { name: "ming.chat", head: {}, box: "#ming-notices", full: "full_chat" },
   };
   const stores = {}; // kind -> what the server calls the rows it holds for this page
   const empty = () => ({ v: VERSION, columns: {}, rows: {} });
@@ -54,8 +54,8 @@
     if (kind === "exam") prune(found);
     try { localStorage.setItem(KINDS[kind].name, JSON.stringify(found)); } catch {
       // full, or a private window: said where it cannot be missed
-      const made = document.querySelector(KINDS[kind].full);
-      if (made) made.textContent = say("full");
+      const made = document.querySelector(KINDS[kind].box);
+      if (made) made.textContent = say(KINDS[kind].full);
     }
   };
   ming.forget = (kind) => localStorage.removeItem(KINDS[kind].name);

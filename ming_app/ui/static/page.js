@@ -58,7 +58,7 @@
   // Keys pressed while an input method is composing (pinyin) belong to it: Enter must not send, Escape must not stop.
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && event.target === input() && (event.isComposing || event.keyCode === 229)) event.stopImmediatePropagation();
-    if (event.key === "Escape" && !event.isComposing && event.keyCode !== 229) {
+    if (event.key === "Escape" && !event.isComposing && event.keyCode !== 229 && !event.target.matches?.(".tk-name")) {
       const button = document.querySelector("#ming-stop");
       if (button && button.offsetParent) { button.click(); input()?.focus(); }
     }

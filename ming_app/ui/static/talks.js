@@ -3,7 +3,7 @@
 
 const $ = (selector) => element.querySelector(selector);
 const KINDS = ["", "markdown", "html", "json", "all", "feedback", "note"];
-let words = {}, now = { items: [] }, sure = null, renaming = "";
+let words = {}, now = { items: [] }, sure = null, renaming = "", back = null; // [id, class]: where the keyboard goes on
 
 const send = (action, id = "", value = null) => trigger("select", { value: JSON.stringify({ do: action, id, value }) });
 const node = (tag, className, text) => {
@@ -23,8 +23,25 @@ const small = (className, sign, label, act) => {
 
 function draw() {
   $(".tk-incognito").checked = !!now.incognito;
+  const typing = renaming && $(".tk-name") && now.items.some((item) => item.id === renaming);
+  if (!typing) keepingFocus(rows); // what is being typed stays
+  $(".tk-note").textContent = now.note || (now.items.length ? "" : words[now.search ? "none_found" : "none"]);
+  $(".tk-export").replaceChildren(...KINDS.filter((kind) => kind !== "note" || now.consult).map((kind) => new Option(words["export_" + kind], kind)));
+  confirmation();
+}
+function keepingFocus(redraw) {
+  const list = $(".tk-list"), at = document.activeElement?.closest(".tk-list button");
+  const [id, name] = at ? [at.closest("li").dataset.id, at.className.split(" ").pop()] : back || [];
+  redraw();
+  if (!name) return;
+  const row = [...list.children].find((made) => made.dataset.id === id), made = row ? row.querySelector(`.${name}`) : $(".tk-new");
+  made?.focus({ preventScroll: true });
+  back = null;
+}
+function rows() {
   $(".tk-list").replaceChildren(...now.items.map((item) => {
     const row = node("li", item.here ? "tk-here" : "");
+    row.dataset.id = item.id;
     if (renaming === item.id) {
       const box = node("input", "tk-name");
       box.value = item.title;
@@ -32,10 +49,10 @@ function draw() {
       box.setAttribute("aria-label", words.rename);
       box.addEventListener("keydown", (event) => {
         if (event.isComposing || event.keyCode === 229) return;
-        if (event.key === "Enter") { renaming = ""; send("rename", item.id, box.value); }
-        if (event.key === "Escape") { event.stopPropagation(); renaming = ""; draw(); }
+        if (event.key === "Enter") { done(); send("rename", item.id, box.value); }
+        if (event.key === "Escape") { done(); draw(); }
       });
-      box.addEventListener("blur", () => { if (renaming) { renaming = ""; send("rename", item.id, box.value); } });
+      box.addEventListener("blur", () => { if (renaming) { renaming = ""; draw(); send("rename", item.id, box.value); } });
       row.append(box);
       queueMicrotask(() => { box.focus(); box.select(); });
       return row;
@@ -52,17 +69,19 @@ function draw() {
     );
     return row;
   }));
-  $(".tk-note").textContent = now.note || (now.items.length ? "" : words[now.search ? "none_found" : "none"]);
-  $(".tk-export").replaceChildren(...KINDS.filter((kind) => kind !== "note" || now.consult).map((kind) => new Option(words["export_" + kind], kind)));
-  confirmation();
 }
+function done() { back = [renaming, "tk-rename"]; renaming = ""; }
 function ask(what) { sure = what; confirmation(); $(".tk-yes").focus(); }
 function confirmation() {
   $(".tk-confirm").hidden = !sure;
   if (sure) $(".tk-confirm span").textContent = sure.text;
 }
-$(".tk-yes").addEventListener("click", () => { const what = sure; sure = null; confirmation(); send(what.do, what.id); if (what.do === "wipe") ming.forget("chat"); });
-$(".tk-no").addEventListener("click", () => { sure = null; confirmation(); });
+$(".tk-yes").addEventListener("click", () => { const what = sure; sure = null; confirmation(); $(".tk-new").focus(); send(what.do, what.id); if (what.do === "wipe") ming.forget("chat"); });
+$(".tk-no").addEventListener("click", () => {
+  back = [sure.id, "tk-delete"];
+  sure = null;
+  if (back[0]) draw(); else { back = null; confirmation(); $(".tk-wipe").focus(); }
+});
 $(".tk-new").addEventListener("click", () => send("new"));
 $(".tk-incognito").addEventListener("change", () => send("incognito", "", $(".tk-incognito").checked));
 $(".tk-wipe").addEventListener("click", () => ask({ do: "wipe", id: "", text: words.sure_wipe }));
