@@ -25,6 +25,7 @@ from ming_app.cli_options import (
     add_address,
     add_lang,
     add_region,
+    check_trace_file,
     common_options,
     language,
     plain_options,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from ming_app.molora.trace import RouterTrace
 
 BROKEN_PIPE = 141  # as a shell reports a reader that went away: 128 + SIGPIPE
-TRACE_ENDINGS = (".npz", ".json")
 DISCLAIMER = (page_text("en", "app.disclaimer"), page_text("zh", "app.disclaimer"))
 
 LoadEngine = Callable[[Settings, Any], "Streams"]
@@ -220,7 +220,7 @@ def cmd_ask(args: argparse.Namespace, settings: Settings, console: Console, load
     from ming_app.ui.record import save_record
 
     question, params = _question(args.text), _sampling(args, trace=bool(args.trace))
-    _check_ending(args.trace)
+    check_trace_file(args.trace)
     _warn(question, settings, console)
     with closing(load_engine(settings, console.progress)) as engine:
         if args.trace and not engine.info.num_experts:
@@ -313,7 +313,7 @@ def _make_trace(
 
     changes = tuple(parse_intervention(text) for text in args.intervene)
     question, params = _question(args.prompt), replace(_sampling(args, trace=True), interventions=changes)
-    _check_ending(file)
+    check_trace_file(file)
     with closing(load_engine(settings, console.progress)) as engine:
         if not engine.info.num_experts:
             raise _no_experts()
@@ -367,7 +367,7 @@ def cmd_triage(args: argparse.Namespace, settings: Settings, console: Console, l
     """Red flags in a text. Exit code 0 whether there is one or not: the object says."""
     from ming_app.safety.notices import triage
 
-    found = triage(_question(args.text), settings.region, settings.lang[:2].lower())
+    found = triage(_question(args.text), settings.region, settings.message_lang() if settings.lang else "")
     if found["red_flag"]:
         console.line(f"[{found['category']}] {found['message']}")
     else:
@@ -443,14 +443,6 @@ def _sampling(args: argparse.Namespace, *, trace: bool) -> SamplingParams:
     if args.greedy:
         given["temperature"] = 0.0
     return SamplingParams(**given, trace=trace)
-
-
-def _check_ending(file: str | None) -> None:
-    """Before minutes of loading: a trace file must end in a known way."""
-    if file and not file.endswith(TRACE_ENDINGS):
-        raise UsageError(
-            f"A trace file ends in .npz or .json, not {file!r}.", f"轨迹文件应以 .npz 或 .json 结尾，而不是 {file!r}。"
-        )
 
 
 def _no_experts() -> UsageError:

@@ -6,8 +6,10 @@ Light: argparse and settings only. Both faces use it, `python -m ming_app` (cli.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ming_app.console import Console
@@ -28,6 +30,7 @@ SETTINGS_FLAGS = (
     "region",
 )
 ADDRESS_FLAGS = ("host", "port")
+TRACE_ENDINGS = (".npz", ".json")
 SAMPLING_FLAGS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
@@ -156,3 +159,16 @@ def _path(text: str) -> Any:
     from pathlib import Path
 
     return Path(text).expanduser()
+
+
+def check_trace_file(file: str | None) -> None:
+    """Before minutes of loading and an answer that would be lost: a trace file ends in a known way, and can be written."""
+    if not file:
+        return
+    if not file.endswith(TRACE_ENDINGS):
+        raise UsageError(
+            f"A trace file ends in .npz or .json, not {file!r}.", f"轨迹文件应以 .npz 或 .json 结尾，而不是 {file!r}。"
+        )
+    path = Path(file)
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise UsageError(f"The trace file {file} cannot be written there.", f"轨迹文件 {file} 无法写入该位置。")

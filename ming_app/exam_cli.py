@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from ming_app.cli_options import check_trace_file
 from ming_app.console import Console
 from ming_app.errors import UsageError
 from ming_app.settings import Settings
@@ -190,7 +191,7 @@ def _banks(args: argparse.Namespace, settings: Settings, console: Console, load_
 
 def _grade(args: argparse.Namespace, settings: Settings, console: Console, load_engine: Any) -> dict[str, Any]:
     """Reports what was read, sits the exam, prints and gives the report."""
-    from ming_app.exam.candidate import BASE, report, spread
+    from ming_app.exam.candidate import AT_A_TIME, BASE, report, spread
 
     if args.limit < 0 or args.shuffles < 0:
         raise UsageError("--limit and --shuffles must not be negative.", "--limit 与 --shuffles 不能为负数。")
@@ -203,10 +204,10 @@ def _grade(args: argparse.Namespace, settings: Settings, console: Console, load_
     asked = spread(read.questions, args.limit)
     if not asked:
         raise UsageError("There is no question to ask.", "没有可作答的题目。")
-    if args.trace and not args.trace.endswith((".npz", ".json")):
-        raise UsageError("A trace file ends in .npz or .json.", "轨迹文件应以 .npz 或 .json 结尾。")
+    check_trace_file(args.trace)
     if args.no_adapter:
         settings = settings.with_(adapter="none")
+    settings = settings.with_(max_queue=max(settings.max_queue, AT_A_TIME))  # what is asked at a time may wait together
     with closing(load_engine(settings, console.progress)) as engine:
         if args.trace and not engine.info.num_experts:
             raise UsageError(

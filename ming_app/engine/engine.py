@@ -60,6 +60,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.info = info
         self._reading = threading.Lock()
+        self.closing = threading.Event()
+        """set once `close` was called: what reads closely ends"""
         waiting: WaitingRoom[Job] = WaitingRoom(slots, max_waiting, per_visitor)
         self._batcher = Batcher(backend, kv_tokens or 4 * info.context_limit, info.context_limit, waiting)
 
@@ -162,6 +164,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends what runs and lets go of the model. The engine cannot be used afterwards."""
+        self.closing.set()
         self._batcher.close()
         with self._reading:
             self.backend.close()

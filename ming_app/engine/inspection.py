@@ -168,10 +168,11 @@ def _read(
     engine: Engine, ids: np.ndarray, variants: Sequence[Compiled], cancel: threading.Event | None
 ) -> Iterator[list[Step]]:
     """Chunk by chunk one Step per variant, each with a cache of its own, all logits and all measures."""
-    caches: list[Cache] = [engine.backend.new_cache(1, len(ids)) for _ in variants]
+    caches: list[Cache] = []
     for start in range(0, len(ids), CHUNK):
-        if cancel is not None and cancel.is_set():
+        if engine.closing.is_set() or (cancel is not None and cancel.is_set()):
             raise StoppedError("Stopped before the reading was done.", "已停止，读取尚未完成。")
+        caches = caches or [engine.backend.new_cache(1, len(ids)) for _ in variants]
         part = ids[start : start + CHUNK]
         yield [
             engine.forward(part, cache, changes, all_logits=True, measure=True)

@@ -126,6 +126,7 @@ class RemoteEngine:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="cluster", daemon=True).start()
         self.info, self.tokenizer = handle.describe.remote().result()
+        self._base = _base(self.info)  # whose tokenizer it is
 
     @classmethod
     def connect(cls, handle: Any, per_visitor: int = 0, progress: ProgressCallback | None = None) -> RemoteEngine:
@@ -248,10 +249,14 @@ class RemoteEngine:
 
     def _heard(self, info: EngineInfo) -> None:
         """The replica that answers says what it serves: after an update not what was served before."""
-        if info == self.info:
+        if info == self.info and _base(info) == self._base:
             return
-        if info.fingerprint.partition("+")[0] != self.info.fingerprint.partition("+")[0]:  # another base
-            self.info, self.tokenizer = self._handle.describe.remote().result()
+        if _base(info) != self._base:
+            described, tokenizer = self._handle.describe.remote().result()
+            if _base(described) == _base(
+                info
+            ):  # else one answered that is still to be updated: the next answer asks again
+                self.tokenizer, self._base = tokenizer, _base(info)
         self.info = info
 
     # -- the rest of the Engine's face ---------------------------------------------------------------------------
@@ -273,9 +278,14 @@ class RemoteEngine:
             except MOVED:
                 time.sleep(POLL)
                 continue
-            if isinstance(found, Failure):
-                raise found.error()
-            return found
+            if not isinstance(found, Failure):
+                return found
+            error = found.error()
+            if (
+                not isinstance(error, BusyError) or error.kind != "closing"
+            ):  # an engine that is exchanged sends away who waits
+                raise error
+            time.sleep(POLL)
         raise BusyError.lost()
 
     def load_now(self) -> tuple[int, int]:
@@ -342,3 +352,8 @@ def _far() -> UsageError:
         "The model runs on other machines; reading an answer closely needs it here. Start the page by itself on one machine for that.",
         "模型运行在其他机器上；逐词细读需要本机模型。请在单机上启动页面后使用。",
     )
+
+
+def _base(info: EngineInfo) -> str:
+    """The fingerprint of the base alone."""
+    return info.fingerprint.partition("+")[0]

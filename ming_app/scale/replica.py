@@ -13,7 +13,8 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class EngineReplica:
         self._settings: Settings | None = None
         self._engine: Engine | None = None
         self._retiring: set[asyncio.Task[None]] = set()
+        self._using: Counter[Engine] = Counter()
         self._failures = 0
         self._heard = time.monotonic()
         self._outcomes: list[Outcome] = []
@@ -81,7 +83,7 @@ class EngineReplica:
         engine.on_end(self._ended)
         old, self._engine, self._settings, self._failures = self._engine, engine, settings, 0
         if old is not None:
-            task = asyncio.create_task(_retire(old, settings.drain_seconds))
+            task = asyncio.create_task(self._retire(old, settings.drain_seconds))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
 
@@ -90,7 +92,14 @@ class EngineReplica:
     ) -> AsyncIterator[list[EngineInfo | Event | Failure]]:
         """The engine's info, then events as they come, in lists of what had come; the last item is a Finish or a Failure. A
         caller that cancels frees the model within two tokens."""
-        engine = self._ready()
+        with self._in_use() as engine:
+            async with contextlib.aclosing(self._answer(engine, messages, params)) as answer:
+                async for items in answer:
+                    yield items
+
+    async def _answer(
+        self, engine: Engine, messages: Sequence[Message], params: SamplingParams
+    ) -> AsyncGenerator[list[EngineInfo | Event | Failure]]:
         yield [engine.info]
         arrived: asyncio.Queue[Event | Failure] = asyncio.Queue()
 
@@ -122,11 +131,13 @@ class EngineReplica:
         interventions: Sequence[Intervention] = (),
     ) -> list[float] | Failure:
         """As `Engine.score`."""
-        engine = self._ready()
-        try:
-            return await asyncio.to_thread(engine.score, prefix, continuations, interventions)
-        except Exception as error:
-            return Failure.of(error)
+        with self._in_use() as engine:
+            try:
+                return await asyncio.to_thread(engine.score, prefix, continuations, interventions)
+            except Exception as error:
+                return Failure.of(error)
+            finally:
+                self._heard = time.monotonic()
 
     async def describe(self) -> tuple[EngineInfo, ChatTokenizer]:
         """What is served, and its tokenizer."""
@@ -163,6 +174,26 @@ class EngineReplica:
             self._engine.close()
             self._engine = None
 
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[Engine]:
+        """The engine for one request, from before it is submitted: an engine that is in use is not closed."""
+        engine = self._ready()
+        self._using[engine] += 1
+        try:
+            yield engine
+        finally:
+            self._using[engine] -= 1
+
+    async def _retire(self, engine: Engine, seconds: float) -> None:
+        """Lets the old engine end its answers, those that wait included, and closes it. Who still waits then is sent away with
+        a BusyError, which the caller takes elsewhere."""
+        end = time.monotonic() + seconds
+        while self._using[engine] and time.monotonic() < end:
+            await asyncio.sleep(RETIRED_POLL)
+        await asyncio.to_thread(engine.drain, 0)
+        await asyncio.to_thread(engine.close)
+        del self._using[engine]
+
     def _ready(self) -> Engine:
         if self._engine is None:
             raise RuntimeError("the engine is not loaded")
@@ -188,11 +219,3 @@ def cluster_settings(overrides: dict[str, Any]) -> Settings:
                 f"{name!r} 不是可用的设置，或类型不符。可用设置：{'、'.join(kinds)}。",
             )
     return Settings.load({k: Path(v).expanduser() if kinds[k] == "Path" else v for k, v in overrides.items()})
-
-
-async def _retire(engine: Engine, seconds: float) -> None:
-    """Lets the old engine end its answers, those that wait included, and closes it."""
-    end = time.monotonic() + seconds
-    while any(engine.load_now()) and time.monotonic() < end:
-        await asyncio.sleep(RETIRED_POLL)
-    await asyncio.to_thread(engine.close)

@@ -98,7 +98,10 @@ def from_this_machine(scope: Scope, headers: Headers) -> bool:
     client = scope.get("client")
     if not client or not is_loopback(client[0]) or any(name in headers for name in PASSED_ON):
         return False
-    names = [urlsplit(f"//{headers.get('host', '')}").hostname, _origin_host(headers.get("origin"))]
+    try:
+        names = [urlsplit(f"//{headers.get('host', '')}").hostname, _origin_host(headers.get("origin"))]
+    except ValueError:  # no address at all
+        return False
     return all(name is not None and is_loopback(name) for name in names)
 
 

@@ -37,6 +37,8 @@ class TorchCache(PagedCache):
             _PagedLayer(self.pages + 1) for _ in range(layers)
         ]  # the last page takes what padding rows write
         self.fixed: dict[tuple[int, int, bool], _FixedStep] = {}
+        self.scratch: Any = None
+        """the memory in which recorded steps work, all in the same: one is read out before the next begins"""
 
     def copy_page(self, source: int, target: int) -> None:
         for layer in self.layers:
@@ -110,6 +112,7 @@ class _FixedStep:
         self._graph: Any = None
         self._results: dict[str, torch.Tensor] = {}
         self._recordable = device.type == "cuda"
+        self._cache = cache
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Results of all rows; they are overwritten by the next run."""
@@ -141,7 +144,9 @@ class _FixedStep:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            if self._cache.scratch is None:
+                self._cache.scratch = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._cache.scratch):
                 self._results = self._run()
         except RuntimeError as error:  # a kernel that waits for the processor
             logger.warning("a step cannot be recorded: %s", str(error).splitlines()[0][:200])

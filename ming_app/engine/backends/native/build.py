@@ -134,13 +134,13 @@ class _Writer:
         tied = s.tied or "lm_head.weight" not in self._names
         name = "model.embed_tokens" if tied else "lm_head"
         if "lm_head.bias" in self._names:
-            self._vector(s.layers, 1, self._source.get("lm_head.bias"))
+            self._vector(s.layers, 1, self._get("lm_head.bias", s.vocab))
         self._weight(s.layers * MATRICES, f"{name}.weight", s.vocab, s.hidden, self._recipe.head)
 
     def _linear(self, layer: int, matrix: int, bias: int, name: str, rows: int, inputs: int, bits: int) -> None:
         self._weight(layer * MATRICES + matrix, f"{name}.weight", rows, inputs, bits)
         if f"{name}.bias" in self._names:
-            self._vector(layer, bias, self._source.get(f"{name}.bias"))
+            self._vector(layer, bias, self._get(f"{name}.bias", rows))
 
     def _weight(self, index: int, name: str, rows: int, inputs: int, bits: int) -> None:
         """A weight of the base: its own blocks where they can be kept, else quantised."""

@@ -112,7 +112,7 @@ class BaseShape:
                 tied=bool(config.get("tie_word_embeddings", False)),
                 rope=_rope_from_config(config),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise WeightsError(
                 f"The base's config.json lacks or garbles an entry the engine needs: {error}.",
                 f"基座的 config.json 缺少或写错了引擎需要的条目：{error}。",
