@@ -6,6 +6,7 @@ or through `ming_app.models`: catalogue name -> fetched file -> tensors one at a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,8 @@ class Base:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """auto: cuda where there is one. Raises TrainingError when cuda is asked for and absent."""
+    """auto: cuda where there is one, and of several processes each its own. Raises TrainingError when cuda is asked for and
+    absent."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise TrainingError(
             "The recipe asks for cuda, but torch sees no GPU. Set device to auto or cpu.",
@@ -48,6 +50,8 @@ def pick_device(wanted: str) -> torch.device:
         )
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and "LOCAL_RANK" in os.environ:  # as launchers set it
+        wanted = f"cuda:{os.environ['LOCAL_RANK']}"
     return torch.device(wanted)
 
 

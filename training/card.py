@@ -59,7 +59,7 @@ def model_card(name: str, title: str, adapter: Adapter, evaluation: Mapping[str,
     parts = [
         _front_matter(str(summary["base"])),
         f"# {name}: sparse MoLoRA adapter for {title}\n",
-        _what(title, adapter),
+        _what(title, adapter, str(summary["base"])),
         _data(summary),
         _method(adapter),
         _measured(evaluation) if evaluation else "",
@@ -123,8 +123,9 @@ engine.close()
 """
 
 
-def _what(title: str, adapter: Adapter) -> str:
+def _what(title: str, adapter: Adapter, base: str) -> str:
     c = adapter.config
+    licence = next((f", {model.licence}" for model in list_models() if model.name == base), "")
     numbers = sum(array.size for array in adapter.tensors.values())
     return f"""\
 Experts and routers for the method of MING-MOE (arXiv 2404.09027): every FFN projection of every layer carries
@@ -134,10 +135,18 @@ The base is frozen. These are weights of this project, not the released MING-MOE
 
 | | |
 |---|---|
-| base | {title}, Apache-2.0 |
+| base | {title}{licence} |
 | SHA-256 of the base file it was trained on | `{adapter.base_fingerprint}` |
 | fingerprint of the adapter | `{adapter.fingerprint}` |
 """
+
+
+_NONE_STATED = "sources whose repository states no licence are left out, among them the MedQA and MedMCQA\nquestions that came through such a repository"
+_FILTERED = {
+    "any": " (nothing is left out for its licence)",
+    "stated": f" ({_NONE_STATED})",
+    "open": f" ({_NONE_STATED}; so are those for research only)",
+}
 
 
 def _data(summary: Mapping[str, Any]) -> str:
@@ -147,9 +156,11 @@ def _data(summary: Mapping[str, Any]) -> str:
     ]
     for stream, sources in sorted(summary.get("seen", {}).items()):
         for source, count in sorted(sources.items()):
-            licence = licence_of(
-                source, {"split": "dev"}
-            )  # the only part of a mixed source that the filter lets through
+            stated = summary.get("licences", {}).get(stream, {}).get(source, "")
+            part = (
+                {} if summary["licence_filter"] == "any" else {"split": "dev"}
+            )  # all of a mixed source that it lets through
+            licence = licence_of(source, part, stated)
             note = f"{licence.licence}{'; research use' if licence.use == 'research' else ''}"
             rows.append(
                 f"| {stream} | {source} | {count['rows']:,} | {count['tokens']:,} | {note} | {licence.origin} |"
@@ -158,8 +169,7 @@ def _data(summary: Mapping[str, Any]) -> str:
 ## Trained on
 
 {summary["rows"]:,} conversations, {summary["tokens"]:,} tokens, of which {summary["answer_tokens"]:,} in answers (the loss looks at these only).
-Licence filter: {summary["licence_filter"]} (sources whose repository states no licence are left out, among them the MedQA and MedMCQA
-questions that came through such a repository). `exam_letter` streams ask for the letter alone, with the options in a new
+Licence filter: {summary["licence_filter"]}{_FILTERED[summary["licence_filter"]]}. `exam_letter` streams ask for the letter alone, with the options in a new
 order each time. Held-out rows, and all dev and benchmark files, were not trained on. Sources marked "research use" add an
 "academic or research use only" clause to their licence: respect it when you use these weights.
 
@@ -170,12 +180,19 @@ order each time. Held-out rows, and all dev and benchmark files, were not traine
 def _method(adapter: Adapter) -> str:
     s, c = adapter.summary, adapter.config
     o, precision = s["optimizer"], f" in {s['precision']}" if "precision" in s else ""
+    where = (
+        f" on {s['threads']} CPU threads"
+        if s.get("device") == "cpu"
+        else f" on {s['device']}"
+        if s.get("device")
+        else ""
+    )
     return f"""\
 ## How
 
 Masked chat loss on assistant turns and their end token; frozen base{precision}, AdamW on float32 adapter weights.
 
-| steps | minutes on two CPU cores | peak lr | warm-up | weight decay | clip | balance loss | E, k, r, alpha | seed |
+| steps | minutes{where} | peak lr | warm-up | weight decay | clip | balance loss | E, k, r, alpha | seed |
 |---:|---:|---:|---:|---:|---:|---:|---|---:|
 | {s["steps"]} | {s["active_minutes"]} | {o["lr"]:g} | {o["warmup"]:.0%} | {o["weight_decay"]:g} | {o["clip"]:g} | {s["router"]["balance"]:g} | {c.num_experts}, {c.top_k}, {c.rank}, {c.alpha:g} | {s["seed"]} |
 

@@ -311,16 +311,19 @@ def _export(options: argparse.Namespace, console: Console) -> tuple[dict[str, An
 
 
 def _read_evaluation(path: str | None, adapter: Adapter) -> dict[str, Any] | None:
-    """What `evaluate --json` printed, checked to be about this base."""
+    """What `evaluate --json` printed, checked to be about this base and this adapter."""
     if path is None:
         return None
     try:
         evaluation = json.loads(Path(path).read_text(encoding="utf-8"))
         same = evaluation["fingerprint"] == adapter.base_fingerprint
+        measured = evaluation["adapter_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} is not the JSON of `training evaluate`.", f"{path} 不是 `training evaluate` 输出的 JSON。"
         ) from error
     if not same:
         raise UsageError(f"{path} was measured on another base.", f"{path} 是在另一个基座上测得的。")
+    if measured not in (None, adapter.fingerprint):
+        raise UsageError(f"{path} was measured on another adapter.", f"{path} 是在另一个适配器上测得的。")
     return evaluation

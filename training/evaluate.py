@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from ming_app.molora.config import MoLoRAConfig
-from training.losses import dead_experts
+from training.losses import dead_experts, there
 from training.packing import Batch, Sample, pack
 from training.step import Terms
 
@@ -26,7 +25,7 @@ def dev_loss(
     packing: bool = True,
     observe: Callable[[str, Batch, Terms], None] | None = None,
 ) -> dict[str, float]:
-    """Mean loss per answer token of each stream, natural log, every token weighing 1. `observe` is called with stream,
+    """Mean loss per answer token of each stream that has samples, natural log, every token weighing 1. `observe` is called with stream,
     micro-batch and what the objective gave."""
     result = {}
     for name, rows in samples.items():
@@ -37,7 +36,8 @@ def dev_loss(
             count += len(batch.targets)
             if observe:
                 observe(name, batch, terms)
-        result[name] = total / count if count else math.nan
+        if count:
+            result[name] = total / count
     return result
 
 
@@ -53,7 +53,7 @@ def dev_report(
 
     {"loss": {stream: float}, "load": {stream: float32 [L, P, E] shares}, "smallest_load", "largest_load", "dead_experts",
     "specialisation"}; the three before the last are over all streams (see losses.dead_experts), the last is made where the
-    objective records `by_sample` (see `specialisation`).
+    objective records `by_sample` (see `specialisation`). At least one stream must have a sample.
     """
     loads: dict[str, list[torch.Tensor]] = {}
     sums: dict[str, torch.Tensor] = {}
@@ -71,7 +71,7 @@ def dev_report(
     report = {
         "loss": loss,
         "load": {name: total / counts[name] for name, total in sums.items()},
-        "smallest_load": float(overall[overall > 0].min()),
+        "smallest_load": float(overall[there(overall, config)].min()),
         "largest_load": float(overall.max()),
         "dead_experts": dead_experts(overall, config),
     }

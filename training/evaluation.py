@@ -47,6 +47,7 @@ def evaluate(plan: Plan, console: Console, load: Load = OneEngine) -> dict[str, 
     """Measures everything; `load` gives the engine that serves. Raises MingError for whatever stands in the way."""
     from ming_app.models.catalog import find_model
     from ming_app.models.fetch import fetch
+    from ming_app.molora.checkpoint import load_adapter
 
     suite = _limited(plan.suite, plan.limit)
     local = fetch(find_model(plan.model), Settings.load({"adapter": plan.adapter}), console.progress)
@@ -57,6 +58,7 @@ def evaluate(plan: Plan, console: Console, load: Load = OneEngine) -> dict[str, 
         "base": local.title,
         "fingerprint": local.fingerprint,
         "adapter": str(local.adapter) if local.adapter else None,
+        "adapter_fingerprint": load_adapter(local.adapter).fingerprint if local.adapter else None,
         "precision": {},
         "exam": {},
         "dev": {},
@@ -89,7 +91,8 @@ def _training_form(
     if base.device.type == "cpu":
         FreedMemory()
     adapter = folder and load_adapter(folder, base_fingerprint=base.fingerprint, base_config=base.config)
-    samples = Mix(plan.recipe, base.tokenizer).held_out() if plan.recipe else {}
+    held_out = Mix(plan.recipe, base.tokenizer).held_out() if plan.recipe else {}
+    samples = {name: rows for name, rows in held_out.items() if rows}
     exams = () if plan.precision else suite.exam
     result["precision"] |= dict.fromkeys(
         [*(["loss"] if plan.recipe else []), *(["exam"] if exams else [])], base.precision

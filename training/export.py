@@ -29,6 +29,11 @@ def export_adapter(recipe: Recipe, base: Base, run: Path) -> Adapter:
             f"The run was trained on base {state.base_fingerprint[:12]}…, this is {base.fingerprint[:12]}….",
             f"该训练所用的基座为 {state.base_fingerprint[:12]}…，与当前基座 {base.fingerprint[:12]}… 不同。",
         )
+    if state.recipe_identity != recipe.identity():
+        raise TrainingError(
+            f"The run in {run} was made with another recipe; only budget limits, saving, device, threads and gradient checkpointing may differ.",
+            f"{run} 中的训练使用的是另一份配方；只有预算上限、保存、设备、线程和梯度检查点可以不同。",
+        )
     summary = run_summary(mix, run, state.progress.to_dict())
     return extract(injected, base_fingerprint=base.fingerprint, summary=summary)
 
@@ -55,6 +60,11 @@ def run_summary(mix: Mix, run: Path, progress: dict[str, Any]) -> dict[str, Any]
         "optimizer": recipe.to_dict()["optimizer"],
         "router": recipe.to_dict()["router"],
         "precision": starts[-1].get("precision", recipe.precision),
+        "device": starts[-1].get("device", ""),
+        "threads": starts[-1].get("threads", 0),
+        "licences": {
+            row["stream"]: {name: of["licence"] for name, of in row["sources"].items()} for row in starts[-1]["mix"]
+        },
         "seed": recipe.seed,
         "licence_filter": recipe.data.licences,
         "held_out": {row["stream"]: row["held_out"] for row in starts[-1]["mix"]},

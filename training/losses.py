@@ -140,8 +140,13 @@ def _alike(rows: Sequence[tuple[int, int, Tensor]]) -> list[list[tuple[int, int,
 
 def dead_experts(load: Tensor, config: MoLoRAConfig) -> int:
     """How many experts get less than DEAD of their router's choices; load [L, P, E] as `RouterLoss.load`."""
-    layers, routers, _ = load.shape
+    return int((there(load, config) & (load < DEAD)).sum())
+
+
+def there(load: Tensor, config: MoLoRAConfig) -> Tensor:
+    """bool [L, P, E]: which places of a load are experts; layers with fewer of them are padded."""
+    layers = load.shape[0]
     present = torch.zeros_like(load, dtype=torch.bool)
     for layer in range(layers):
         present[layer, :, : config.at(layer, layers).num_experts] = True
-    return int((present & (load < DEAD)).sum())
+    return present

@@ -76,8 +76,9 @@ def repetition(text: str) -> float:
 
 
 def loops(text: str) -> bool:
-    """Whether the text ends in a sequence that stands at least three times in a row and fills at least 12 units."""
-    found = units(text)
+    """Whether the text ends in a sequence that stands at least three times in a row and fills at least 12 units. Numbers do
+    not count: a list may go on counting while it repeats itself."""
+    found = [unit for unit in units(text) if not unit.isdigit()]
     for size in range(1, len(found) // LOOP + 1):
         times = max(LOOP, math.ceil(LOOP * NGRAM / size))
         tail = found[-size * times :]

@@ -35,7 +35,8 @@ def make_accelerator(device: str, trackers: tuple[str, ...] = (), folder: str = 
                 f"The recipe logs to {tracker}, which is not installed: pip install {TRACKERS[tracker]}, or leave it out.",
                 f"配方要求记录到 {tracker}，但未安装：pip install {TRACKERS[tracker]}，或从配方中去掉。",
             )
-    return Accelerator(cpu=device == "cpu", log_with=list(trackers) or None, project_dir=folder)
+    # "no": the recipe says in what is computed, and routers stay float32, whatever a launcher's configuration says
+    return Accelerator(cpu=device == "cpu", mixed_precision="no", log_with=list(trackers) or None, project_dir=folder)
 
 
 class Processes:

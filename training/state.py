@@ -3,7 +3,7 @@
 Layout of a run folder:
     recipe.json           what the run was started with
     metrics.jsonl         one JSON object per step, dev evaluation and event
-    checkpoints/step-N/   state.safetensors (adapter, AdamW moments, float32; torch RNG) + state.json
+    checkpoints/step-N/   state.safetensors (adapter, AdamW moments, float32; torch RNG of the first process) + state.json
     adapter/              the exported adapter, native layout
 A folder is written under a temporary name and renamed; the last `KEEP` stay.
 """
@@ -52,6 +52,8 @@ def save_state(
     folder = run / "checkpoints" / f"step-{state.progress.step:06d}"
     partial = folder.with_name(folder.name + ".partial")
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        tensors["rng_cuda"] = torch.cuda.get_rng_state()
     for i, parameter in enumerate(parameters):
         tensors[f"p{i}.value"] = whole(parameter)
         for name, value in optimizer.state.get(parameter, {}).items():
@@ -132,6 +134,8 @@ def _restore(
     if optimizer is None:
         return
     torch.set_rng_state(tensors["rng"])
+    if "rng_cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng_cuda"])
     for i, parameter in enumerate(parameters):
         if f"p{i}.exp_avg" not in tensors:
             continue

@@ -24,7 +24,7 @@ from torch import Tensor
 from ming_app.molora.checkpoint import Adapter, save_adapter
 from ming_app.molora.inject import InjectedModel, extract, inject_molora
 from training.base import Base, set_training
-from training.errors import TrainingError, not_written
+from training.errors import DataError, TrainingError, not_written
 from training.evaluate import dev_report
 from training.export import run_summary
 from training.files import write_text
@@ -84,6 +84,13 @@ class Trainer:
         self.processes = processes or Processes(make_accelerator(base.device.type, recipe.save.trackers, str(run)))
         torch.manual_seed(recipe.seed)
         self.mix = Mix(recipe, base.tokenizer)
+        self._held_out = {name: rows for name, rows in self.mix.held_out().items() if rows}
+        unmeasured = [name for name in recipe.save.best_by if name not in self._held_out]
+        if unmeasured:
+            raise DataError(
+                f"save.best_by names streams without a held-out row that is short enough: {', '.join(unmeasured)}.",
+                f"save.best_by 中的数据流没有可用的留出数据：{'、'.join(unmeasured)}。",
+            )
         self.injected: InjectedModel = inject_molora(base.model, recipe.adapter)
         if not resume:
             self._start()
@@ -114,7 +121,13 @@ class Trainer:
         """Trains until the budget is used up or a signal arrives."""
         if self.processes.main:
             write_text(self.folder / "recipe.json", json.dumps(self.recipe.to_dict(), indent=1, ensure_ascii=False))
-        about = {"processes": self.processes.count, "precision": self.base.precision, "mix": self.mix.summary()}
+        about = {
+            "processes": self.processes.count,
+            "device": self.base.device.type,
+            "threads": torch.get_num_threads(),
+            "precision": self.base.precision,
+            "mix": self.mix.summary(),
+        }
         self._log({"event": "start", **about, **self.progress.to_dict()})
         if self.recipe.save.trackers:
             self.processes.accelerator.init_trackers(self.recipe.name)
@@ -134,6 +147,7 @@ class Trainer:
             return Outcome("interrupted", self.folder, self.progress, None, last)
         if self._evaluated != self.progress.step:
             self._evaluate()
+            self._checkpoint()  # it knows the best loss: the run may be gone on with
         folder = self.folder / "adapter"
         adapter = self.adapter()
         if self.processes.main:
@@ -274,14 +288,17 @@ class Trainer:
         self.progress, self.best = state.progress, state.best
 
     def _evaluate(self) -> None:
-        """Dev loss and expert load of every stream; the adapter with the best mean loss is kept in `best`."""
+        """Dev loss and expert load of every stream that has held-out rows; the adapter with the best mean loss is kept in
+        `best`."""
+        self._last_eval, self._evaluated = self.progress.active_seconds, self.progress.step
+        if not self._held_out:
+            return
         rng = torch.get_rng_state()
         set_training(self.base.model, False)
         batch_tokens, packing = self.recipe.budget.batch_tokens, self.recipe.data.packing
-        report = dev_report(self.objective, self.mix.held_out(), self.recipe.adapter, batch_tokens, packing=packing)
+        report = dev_report(self.objective, self._held_out, self.recipe.adapter, batch_tokens, packing=packing)
         set_training(self.base.model, True)
         torch.set_rng_state(rng)
-        self._last_eval, self._evaluated = self.progress.active_seconds, self.progress.step
         names = self.recipe.save.best_by or tuple(report["loss"])
         score = sum(report["loss"][name] for name in names) / len(names)
         better = self.best is None or score < self.best
