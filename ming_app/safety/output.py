@@ -103,19 +103,22 @@ def sends_to_emergency(answer: str) -> bool:
 
 
 REPEATS, SHORTEST, LONGEST = 4, 40, 160
+_COUNTER = re.compile(r"(?m)(?:(?<=^)|(?<=[\s。；;]))\d{1,2}(?=[.、．)）])")
 
 
 def loop_start(text: str) -> int | None:
     """Where an answer began to repeat itself: the same 1 to LONGEST characters at its end, at least REPEATS times and
-    SHORTEST characters in all, end of a sentence of the first time; None for an answer that goes on."""
+    SHORTEST characters in all, end of a sentence of the first time; None for an answer that goes on. The items of a list are
+    the same whatever their numbers."""
+    alike = _COUNTER.sub(lambda number: "0" * len(number[0]), text)
     for size in range(1, LONGEST + 1):
         times = max(REPEATS, -(-SHORTEST // size))
-        piece = text[-size:]
-        if len(text) >= size * times and piece.strip() and text.endswith(piece * times):
+        piece = alike[-size:]
+        if len(text) >= size * times and piece.strip() and alike.endswith(piece * times):
             start = len(text) - size * times
-            while start >= size and text[start - size : start] == piece:
+            while start >= size and alike[start - size : start] == piece:
                 start -= size
-            said = text[start : start + size]
+            said = alike[start : start + size]
             ended = max((said.rfind(sign) for sign in "。！？!?.\n"), default=-1)
             return start + (ended + 1 if ended >= 0 else size)
     return None

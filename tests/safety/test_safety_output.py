@@ -24,6 +24,9 @@ def checks(text: str) -> list[str]:
         ("As your doctor, I recommend rest.", "physician"),
         ("作为一名医生，我建议您休息。", "physician"),
         ("Call our helpline at 1-800-555-0199.", "phone"),
+        ("加微信13812345678聊。", "phone"),
+        ("Dr Li: 13812345678.", "phone"),
+        ("您患有高血压。", "certain"),
         ("请拨打咨询热线400-123-4567。", "phone"),
     ],
 )
@@ -41,6 +44,8 @@ def test_what_needs_a_note(text: str, check: str) -> None:
         "Blood pressure of 120/80 mmHg is normal. The heart beats 60 to 100 times a minute.",
         "正常空腹血糖为3.9～6.1 mmol/L。",
         "Do not stop a medicine without asking your doctor.",
+        "如果您患有高血压，请少吃盐，并按医嘱服药。",
+        "The trial had registration number 202413812345678901.",
     ],
 )
 def test_what_needs_none(text: str) -> None:
@@ -58,7 +63,20 @@ def test_loops_are_found_where_they_began() -> None:
     assert text[: loop_start(text)].count(said.strip()) == 1
     zh = "建议多休息。" * 12
     assert zh[: loop_start(zh)] == "建议多休息。"
-    for good in ("", "abc", "1. a\n2. b\n3. c\n", "哈哈哈", "-" * 20, "The heart. The lungs. The liver. The spleen."):
+    counted = "".join(f"{i}. 发作时可能出现异常的反射。\n" for i in range(3, 9))
+    assert loop_start("表现：\n" + counted) == len("表现：\n") + counted.index("\n") + 1
+    table = "".join(f"| {i} mg | {i * 2} ml |\n" for i in range(10, 30))
+    for good in (
+        table,
+        "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16,",
+        "vitamin B1, vitamin B2, vitamin B3, vitamin B5, vitamin B6, vitamin B7, ",
+        "",
+        "abc",
+        "1. a\n2. b\n3. c\n",
+        "哈哈哈",
+        "-" * 20,
+        "The heart. The lungs. The liver. The spleen.",
+    ):
         assert loop_start(good) is None
 
 

@@ -89,6 +89,8 @@ def test_keys_are_not_shown(tmp_path) -> None:
         ("127.0.0.1", {}, False),
         ("127.0.0.1", {"host": "localhost", "origin": "https://example.org"}, False),
         ("127.0.0.1", {"host": "localhost", "origin": "null"}, False),
+        ("127.0.0.1", {"host": "["}, False),
+        ("127.0.0.1", {"host": "localhost", "origin": "http://["}, False),
     ],
 )
 def test_without_keys_only_this_machine_may_ask(client, headers, may) -> None:

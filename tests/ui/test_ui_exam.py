@@ -12,6 +12,8 @@ from typing import Any
 import gradio as gr
 import pytest
 
+from ming_app.engine.types import Finish, Timings
+from ming_app.errors import MingError
 from ming_app.exam.bank import Shelf
 from ming_app.exam.desk import Desk
 from ming_app.exam.store import Store
@@ -394,6 +396,7 @@ def test_going_on_in_the_chat(made: Any) -> None:
     ask(tab, session, "explain")
     assert tab.help.continue_in_chat(session)
     assert [turn.role for turn in session.turns] == ["user", "assistant"] and session.turns[1].text == "Because."
+    assert session.checks == {session.turns[1].id: ()} and session.talk.preset == session.preset
     room = session.exam
     chat.clear(session)
     assert session.exam is room and session.exam.open  # a new chat does not end the practice
@@ -408,6 +411,52 @@ def test_stopping_help_frees_the_engine(made: Any) -> None:
     next(steps)
     threading.Timer(0.3, tab.help.stop_help, [session]).start()
     assert len(list(steps)) < 200 and engine.open_streams == 0
+
+
+class Silent(FakeEngine):
+    """Reads until it is stopped: no Start ever comes."""
+
+    def stream(self, messages: Any, params: Any, cancel: Any = None) -> Any:
+        assert cancel.wait(20)
+        yield Finish("cancelled", 9, 0, Timings(0, 0, 0, 0), None)
+
+
+@pytest.mark.parametrize("how", ["stopped", "refused"])
+def test_help_that_never_began_ends_in_words(made: Any, how: str) -> None:
+    tab, session = made(Silent() if how == "stopped" else FakeEngine(error=MingError("Too busy.", "太忙。")))
+    begin(tab, session)
+    do(tab, session, "submit", "A")
+    threading.Timer(0.2, tab.help.stop_help, [session]).start()
+    last = ask(tab, session, "explain")[-1]
+    assert last["stop"]["visible"] is False
+    assert ("Too busy." in last["note"]) == (how == "refused")
+
+
+def test_the_stop_button_goes_with_its_question(made: Any) -> None:
+    tab, session = made(FakeEngine(long_text(100)))
+    begin(tab, session)
+    steps = tab.help.ask("hint")(session, None)
+    names(tab, next(steps))
+    shown = do(tab, session, "submit", "A")
+    assert shown["stop"]["visible"] is False
+    assert list(steps) == []  # what comes then belongs to the question as it was
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("…\n\n答案：C", "C"),
+        ("Answer: D", "D"),
+        ("The correct answer is (B).", "B"),
+        ("综上，故选A。", "A"),
+        ("正确答案应为E", "E"),
+        ("The correct answer is a beta blocker.", ""),
+        ("答案：C。选项E与本病不符。", "C"),
+        ("Because.", ""),
+    ],
+)
+def test_the_letter_an_explanation_ends_on(said: str, letter: str) -> None:
+    assert tutor.final_letter(said) == letter
 
 
 # -- files and progress -----------------------------------------------------------------------------------------------
@@ -441,6 +490,9 @@ def test_importing_shows_first_and_keeps_on_demand(made: Any, tmp_path: Path) ->
     assert session.exam.reading.questions[0].lang == "en"
     done = names(tab, tab.panes.keep_bank(session, "Mine"))
     assert "Imported: Mine, 1 questions" in done["message"] and len(session.exam.desk.shelf.list()) == 6
+    again = tmp_path / "Mine.csv"  # another file of that name does not take its place unasked
+    again.write_text(CSV, encoding="utf-8")
+    assert names(tab, tab.panes.open_file(session, str(again)))["bank_title"] == "Mine (2)"
     saved = names(tab, tab.panes.save_bank(session, session.exam.bank, "csv"))["download"]["value"]
     assert "'=1+1" in Path(saved).read_text(encoding="utf-8-sig")
     removed = names(tab, tab.panes.remove_bank(session, session.exam.bank))

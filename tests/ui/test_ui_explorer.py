@@ -63,6 +63,9 @@ def test_answers_are_on_the_shelf_newest_first(tab, session: Session) -> None:
     assert "Load of the experts" in found["heading"] and isinstance(found["plot"]["value"], go.Figure)
     opened = tab.show_answer(session, 0)
     assert opened[0].selected == "experts" and session.explorer.current.title == "What is gout?"
+    session.turns[3].exhibit = ""  # an answer from the list of conversations
+    gone = tab.show_answer(session, 1)
+    assert "is not here" in gone[-1] and session.explorer.current.title == "What is gout?"
     chat.clear(session)
     assert session.explorer.current is None
     assert "Nothing to look at yet" in shown(tab, tab.refresh(session))["heading"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 
 from ming_app.conversation import consult
@@ -285,6 +286,117 @@ def test_a_consultation_warns_as_well(tmp_path: Path) -> None:
     talk.page.do.choose_mode(talk.session, "consult")
     talk.ask("my father suddenly cannot speak and his face droops")
     assert "stroke" in talk.value("alert")
+
+
+ALARM = "my father suddenly cannot speak and his face droops"
+
+
+def test_a_refused_question_warns_all_the_same(tmp_path: Path) -> None:
+    talk = Chat(tmp_path)
+    talk.page.do.load = lambda: (1, 99)  # the queue is full
+    with pytest.raises(gr.Error, match="asking"):
+        talk.page.do.ask(talk.session, ALARM)
+    talk.shown = talk.page.do.show(talk.session)
+    assert "stroke" in talk.value("alert") and talk.texts() == []
+    loading = Page(EngineLoader(lambda progress: None), Settings(data_dir=tmp_path, progress="disk"))
+    early = Session()
+    with pytest.raises(gr.Error, match="loading"):
+        loading.do.ask(early, ALARM)
+    assert early.danger.flags
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_question_that_comes_back_keeps_its_warning(tmp_path: Path, refused: bool) -> None:
+    talk = Chat(tmp_path, FakeEngine(error=MingError("Too busy.", "太忙。") if refused else None))
+    talk.page.do.ask(talk.session, ALARM)
+    if refused:
+        talk.answer()  # the engine refuses it
+    else:
+        chat.stop(talk.session)
+    talk.shown = talk.page.do.show(talk.session)
+    assert talk.texts() == [] and "stroke" in talk.value("alert")
+    talk.act("new")
+    assert talk.value("alert") == ""
+
+
+def told_all(talk: Chat) -> None:
+    talk.page.do.choose_mode(talk.session, "consult")
+    for text in [
+        "heartburn, me, 35",
+        "two months ago",
+        "after meals",
+        "nothing else",
+        "none",
+        "antacids",
+        "no allergies",
+    ]:
+        talk.ask(text)
+
+
+def test_corrections_to_the_summary_last(tmp_path: Path) -> None:
+    talk = Chat(tmp_path, FakeEngine(scripted))
+    told_all(talk)
+    talk.page.do.correct(talk.session, talk.value("summary") + "\nAllergies: penicillin")
+    talk.act("search", value="x")  # whatever draws the page again
+    assert "penicillin" in talk.value("summary")
+    assert "penicillin" in Path(talk.act("export", value="note")).read_text(encoding="utf-8")
+    talk.ask("please explain")
+    assert "penicillin" in talk.engine.calls[-1][0][1].content
+    talk.page.do.correct(talk.session, "  ")  # an empty one would take the box away
+    assert "penicillin" in talk.session.talk.summary
+
+
+def test_an_explanation_stopped_before_its_first_word_takes_back_its_request_only(tmp_path: Path) -> None:
+    talk = Chat(tmp_path, FakeEngine(scripted))
+    told_all(talk)
+    before = talk.texts()
+    talk.page.do.explain(talk.session, talk.value("summary"))
+    steps = talk.page.do.answer(talk.session, *SAMPLING)
+    next(steps)
+    assert talk.session.run is not None
+    talk.session.run.stop.set()  # while it reads: the engine ends every part without a Start
+    list(steps)
+    talk.shown = talk.page.do.settle(talk.session)
+    assert talk.texts() == before and talk.session.status.key == "status.stopped"
+    kept = talk.session.store.load(talk.session.talk.id)  # type: ignore[union-attr]
+    assert [turn.text for turn in kept.path] == before
+
+
+def test_a_cut_question_of_a_consultation_asks_for_nothing_that_is_not_there(tmp_path: Path) -> None:
+    talk = Chat(tmp_path, FakeEngine(long_text(300)))
+    talk.page.do.choose_mode(talk.session, "consult")
+    talk.ask("heartburn, me, 35")
+    assert talk.session.turns[-1].reason == "length" and talk.session.notices == ()
+    told_all(talk)
+    talk.page.do.explain(talk.session, talk.value("summary"))
+    talk.answer()
+    assert [note.key for note in talk.session.notices] == ["notice.cut"]
+
+
+def test_an_opening_that_was_taken_back_leaves_nothing(tmp_path: Path) -> None:
+    talk = Chat(tmp_path, FakeEngine(scripted))
+    talk.page.do.choose_mode(talk.session, "consult")
+    talk.page.do.ask(talk.session, "I have something private")
+    chat.stop(talk.session)
+    assert talk.session.talk.title == "" and talk.session.store.entries() == []  # type: ignore[union-attr]
+    assert "private" not in json.dumps(talk.session.store.rows("SELECT * FROM conversations"), default=str)  # type: ignore[union-attr]
+    talk.ask("heartburn")
+    assert [entry["title"] for entry in talk.items] == ["heartburn"]
+
+
+def test_the_page_names_the_role_that_answers(talk: Chat) -> None:
+    talk.page.do.tell(talk.session, "own", "Answer like a pirate.", "")
+    talk.ask("q")
+    pirate = talk.session.talk.id
+    talk.act("new")
+    talk.page.do.tell(talk.session, "tutor", "", "")
+    talk.act("search", value="")
+    assert talk.value("system") == "tutor"
+    talk.act("open", pirate)
+    assert talk.value("system") == "own" and talk.value("own") == "Answer like a pirate."
+    talk.session.talk.preset = "one that is gone"
+    talk.act("search", value="")
+    assert talk.value("system") == "plain"
 
 
 def test_words_are_there_in_both_languages() -> None:
