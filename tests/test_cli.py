@@ -172,6 +172,7 @@ def test_wrong_use_is_exit_2_in_both_forms(run: Run, words: tuple[str, ...]) -> 
         ("ask", "q", "--temperature", "9"),
         ("ask", "q", "--greedy", "--temperature", "1"),
         ("ask", "q", "--trace", "trace.txt"),
+        ("ask", "q", "--trace", "no/such/folder/trace.npz"),
         ("ask", "q", "--precision", "3bit"),
         ("ask", "q", "--threads", "-1"),
         ("trace",),
@@ -329,7 +330,7 @@ def test_a_terminal_gets_no_control_characters() -> None:
 # -- triage and warnings ----------------------------------------------------------------------------------------------
 
 
-def test_triage_is_one_object_and_loads_no_model(run: Run) -> None:
+def test_triage_is_one_object_and_loads_no_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run("triage", "我爸突然嘴歪，说话不清，右手抬不起来", "--json")
     assert list(found.json) == ["red_flag", "category", "lang", "matched", "message"] and found.settings == []
     assert found.json["red_flag"] is True and found.json["category"] == "stroke" and found.json["lang"] == "zh"
@@ -345,6 +346,8 @@ def test_triage_is_one_object_and_loads_no_model(run: Run) -> None:
     british = run("triage", "-", "--region", "uk", stdin="he is not breathing and his lips are blue")
     assert "999" in british.out and british.code == 0
     assert "no all-clear" in run("triage", "my knee aches a little").out
+    monkeypatch.setenv("MING_LANG", "fr")  # as everywhere: what is not Chinese is English
+    assert "stroke" in run("triage", "suddenly his face droops and he cannot speak").out
     assert run("triage", "", "--json").code == 2 and run("triage", "x", "--region", "mars").code == 2
 
 

@@ -147,6 +147,20 @@ def test_sampling_selection_is_refused(parts, tmp_path):
         ({"head_dim": 24}, "head size"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
         ({"hidden_size": None}, "config.json"),
+        ({"rms_norm_eps": 10**400}, "config.json"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 1e4,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": float("inf"),
+                }
+            },
+            "config.json",
+        ),
     ],
 )
 def test_unsupported_bases_are_refused_by_name(tmp_path, change, word):
@@ -158,7 +172,7 @@ def test_unsupported_bases_are_refused_by_name(tmp_path, change, word):
 
 
 def test_missing_extra_and_misshapen_tensors_are_refused(tmp_path):
-    for change, word in (("drop", "lacks"), ("add", "q_norm"), ("shape", "shape")):
+    for change, word in (("drop", "lacks"), ("add", "q_norm"), ("shape", "shape"), ("bias", "shape")):
         source = DictSource(qwen2())
         name = "model.layers.1.self_attn.q_proj.weight"
         if change == "drop":
@@ -166,6 +180,7 @@ def test_missing_extra_and_misshapen_tensors_are_refused(tmp_path):
         elif change == "add":
             source._tensors["model.layers.0.self_attn.q_norm.weight"] = source._tensors[name][0]
         else:
+            name = name.replace("weight", change) if change == "bias" else name
             source._tensors[name] = source._tensors[name][:-1]
         with pytest.raises(WeightsError, match=word):
             build_engine(source, None, "8bit", tmp_path / "engine")

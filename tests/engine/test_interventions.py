@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -169,3 +170,34 @@ def test_only_the_engines_own_texts_are_read_again(engine: Engine) -> None:
     stopped.set()
     with pytest.raises(StoppedError):
         inspect(engine, trace, cancel=stopped)
+
+
+def test_a_reading_ends_with_the_engine(base, monkeypatch) -> None:
+    engine = engine_of(base, make_adapter(base))
+    trace = answer(engine).trace
+    forward, begun = engine.backend.forward, threading.Event()
+
+    def slow(*args, **options):
+        begun.set()
+        time.sleep(0.3)
+        return forward(*args, **options)
+
+    engine.backend.forward = slow
+    found: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            inspect(engine, trace)
+        except BaseException as error:
+            found.append(error)
+
+    monkeypatch.setattr("ming_app.engine.inspection.CHUNK", 1)
+    reader, later = threading.Thread(target=read), threading.Thread(target=read)
+    reader.start()
+    assert begun.wait(10)
+    later.start()  # waits for its turn until there is no model any more
+    began = time.monotonic()
+    engine.close()
+    reader.join(20)
+    later.join(20)
+    assert time.monotonic() - began < 5 and [type(error) for error in found] == [StoppedError] * 2

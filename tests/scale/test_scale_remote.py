@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,29 @@ def test_a_replica_that_dies_before_a_word_is_replaced_unnoticed() -> None:
     handle.plan = [(0, dead()), (0, dead())]
     assert text_of(list(engine.stream(QUESTION, PARAMS))) == long_text(20)
     assert [one.reason for one in told] == ["stop"] and len(handle.responses) == 3
+
+
+def test_an_engine_that_is_exchanged_sends_scores_elsewhere() -> None:
+    engine, handle, _ = remote()
+    handle.scores = [Failure.of(BusyError.closing()), [-1.0]]
+    assert engine.score(QUESTION, ["A"]) == [-1.0]
+    handle.scores = [Failure.of(BusyError.full(3, 2.0))]
+    with pytest.raises(BusyError, match="waiting"):
+        engine.score(QUESTION, ["A"])
+
+
+def test_after_another_base_the_tokenizer_is_that_bases() -> None:
+    """While replicas are exchanged, the one that is asked for its tokenizer may still have the old base."""
+    fake = FakeEngine("yes")
+    engine, handle, _ = remote(fake)
+    old = fake.info
+    handle.describe = Call(lambda: Result((old, "old tokenizer")))
+    fake.info = replace(old, fingerprint="another+adapter")
+    list(engine.stream(QUESTION, PARAMS))
+    assert engine.info == fake.info and engine.tokenizer is None  # not yet known
+    handle.describe = Call(lambda: Result((fake.info, "new tokenizer")))
+    list(engine.stream(QUESTION, PARAMS))
+    assert engine.tokenizer == "new tokenizer"
 
 
 def test_after_words_the_request_is_lost_and_says_so() -> None:

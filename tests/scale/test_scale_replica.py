@@ -32,7 +32,9 @@ GREEDY = SamplingParams(200, temperature=0, repetition_penalty=1.0)
 
 
 class Loads:
-    """Loads a tiny engine per adapter name, whose fingerprint says which."""
+    """Loads a tiny engine per adapter name, whose fingerprint says which. `slots`: requests it runs at a time."""
+
+    slots = 8
 
     def __init__(self, folder: Path, pause: float = 0.0):
         self.folder, self.pause = folder, pause
@@ -42,7 +44,7 @@ class Loads:
     def __call__(self, settings: Settings) -> Engine:
         if settings.adapter == "broken":
             raise UsageError("no such adapter", "没有该适配器")
-        made = tiny_engine(self.folder / settings.adapter, pause=self.pause)
+        made = tiny_engine(self.folder / settings.adapter, pause=self.pause, slots=self.slots)
         self.open.append(made)
         engine = self.engines[settings.adapter] = made.__enter__()
         engine.info = replace(engine.info, fingerprint=f"ab+{settings.adapter}")
@@ -158,6 +160,52 @@ def test_an_update_lets_old_answers_end_and_serves_new_ones(run: Any) -> None:
             loads.engines["old"].score(QUESTION, ["a"])
 
     run(work, pause=0.02)
+
+
+def test_an_update_waits_for_who_has_not_yet_been_let_in(run: Any) -> None:
+    """Between asking for the engine and queueing there is a moment: the old engine is not closed in it."""
+
+    async def work(replica: EngineReplica, loads: Loads) -> None:
+        stream = replica.stream(QUESTION, replace(GREEDY, max_new_tokens=3))
+        first = await anext(stream)  # only the info so far: the engine has not heard of it
+        assert first[0].fingerprint == "ab+old" and not any(loads.engines["old"].load_now())
+        await replica.reconfigure({"adapter": "new"})
+        await asyncio.sleep(0.5)
+        rest = [item async for items in stream for item in items]
+        assert isinstance(rest[-1], Finish) and rest[-1].reason in ("stop", "length")
+
+    run(work)
+
+
+def test_who_still_waits_when_the_old_engine_goes_is_sent_elsewhere(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Loads, "slots", 1)
+
+    async def work(replica: EngineReplica, loads: Loads) -> None:
+        running = asyncio.create_task(flat(replica, QUESTION, GREEDY))
+        while not (await replica.look())["running"]:
+            await asyncio.sleep(0.01)
+        waiting = asyncio.create_task(flat(replica, [Message("user", "and gout?")], GREEDY))
+        while not (await replica.look())["waiting"]:
+            await asyncio.sleep(0.01)
+        await replica.reconfigure({"adapter": "new", "drain_seconds": 1})
+        error = (await waiting)[-1].error()
+        assert isinstance(error, BusyError) and error.kind == "closing"
+        await running
+
+    run(work, pause=0.05)
+
+
+def test_scoring_is_a_sign_of_life(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ming_app.scale.replica.STALLED_SECONDS", 0.3)
+
+    async def work(replica: EngineReplica, loads: Loads) -> None:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            await replica.score(QUESTION, [" A", " B"])
+            monkeypatch.setattr(loads.engines["old"], "load_now", lambda: (1, 0))  # the next one runs already
+            await replica.check_health()
+
+    run(work)
 
 
 def test_an_update_that_cannot_be_leaves_what_was_served(run: Any) -> None:

@@ -63,6 +63,7 @@ def test_repetition_and_loops() -> None:
     assert repetition("a b c d " * 3) == pytest.approx(1 - 4 / 9)
     assert loops("Drink water. " + "Rest well and sleep. " * 3)
     assert loops("请多喝水，" * 3) and not loops("请多喝水，" * 2)
+    assert loops("症状：" + "".join(f"{i}. 发热和咳嗽。" for i in range(1, 5)))  # it goes on counting
     assert not loops("one two three four five six seven eight nine ten")
 
 

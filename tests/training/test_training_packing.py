@@ -83,6 +83,18 @@ def test_a_beginning_never_takes_the_first_learnt_token_along() -> None:
     assert pack([sample(9, 8, learnt=2)], 100)[0].targets.tolist() == [8]  # nothing stands before the very first token
 
 
+def test_scores_are_not_rounded_to_the_precision_of_the_base() -> None:
+    """Qwen's keys have large biases: scores of several hundred, of which bf16 holds steps of two."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 24, 16) for _ in range(3))
+    q, k, v = ((x + shift).bfloat16() for x, shift in ((q, 3.0), (k, 40.0), (v, 0.0)))
+    parts = (Part(8, 2, 8),)
+    ours, _ = attention.packed_attention(None, q, k, v, None, parts=parts)
+    exact, _ = attention.packed_attention(None, q.double(), k.double(), v.double(), None, parts=parts)
+    assert ours.dtype == torch.bfloat16 and (q @ k.transpose(-1, -2)).abs().max() > 1000
+    torch.testing.assert_close(ours.double(), exact, atol=0.03, rtol=0.02)
+
+
 @pytest.fixture(scope="module", params=["Qwen2", "Llama"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
     folder = write_base(tmp_path_factory.mktemp("packing") / "base", request.param)

@@ -15,7 +15,7 @@ from ming_app.molora.checkpoint import load_adapter, save_adapter
 from ming_app.molora.inject import inject_molora, load_into
 from training.base import Base, load_base
 from training.curves import read_metrics, steps_of, write_curves
-from training.errors import TrainingError
+from training.errors import DataError, TrainingError
 from training.export import export_adapter
 from training.recipe import read_recipe
 from training.state import checkpoints
@@ -175,6 +175,31 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     with pytest.raises(TrainingError, match="No space left"):
         train(write_recipe(steps=4), tiny_folder, run, resume=True)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_corpus_without_held_out_rows_is_trained_on_all_the_same(
+    write_recipe, tiny_folder: Path, tmp_path: Path
+) -> None:
+    few = ("held_out = 0.2", "held_out = 1e-9")
+    trainer, outcome = train(write_recipe(few, steps=3), tiny_folder, tmp_path / "run")
+    assert outcome.status == "finished" and outcome.adapter is not None and trainer.best is None
+    recipe = write_recipe(few, ("every_steps = ", 'best_by = ["qa"]\nevery_steps = '), steps=3)
+    with pytest.raises(DataError, match="qa"):
+        Trainer(read_recipe(recipe), fresh(tiny_folder), tmp_path / "other")
+
+
+def test_the_best_loss_is_known_when_a_run_is_gone_on_with(write_recipe, tiny_folder: Path, tmp_path: Path) -> None:
+    trainer, _ = train(write_recipe(steps=2), tiny_folder, tmp_path / "run")
+    assert trainer.best is not None
+    again = Trainer(read_recipe(write_recipe(steps=3)), fresh(tiny_folder), tmp_path / "run", resume=True)
+    assert again.best == trainer.best
+
+
+def test_export_refuses_another_recipe(write_recipe, tiny_folder: Path, tmp_path: Path) -> None:
+    train(write_recipe(steps=2), tiny_folder, tmp_path / "run")
+    other = read_recipe(write_recipe(("alpha = 8.0", "alpha = 16.0"), steps=2))
+    with pytest.raises(TrainingError, match="another recipe"):
+        export_adapter(other, fresh(tiny_folder), tmp_path / "run")
 
 
 def test_exported_adapter_gives_the_trained_logits(write_recipe, tiny_folder: Path, tmp_path: Path) -> None:
