@@ -12,6 +12,7 @@ from ming_app.exam.formats import write_bank
 from ming_app.settings import Settings
 from tests.browser.conftest import Visit, engine
 from tests.exam.conftest import question
+from tests.fakes import FakeEngine, long_text
 
 pytestmark = pytest.mark.browser
 
@@ -391,10 +392,56 @@ def test_the_chat_by_keyboard_alone(serve: Any, visit: Any, settings: Settings) 
     v.page.keyboard.type("By keys")
     v.page.keyboard.press("Enter")
     v.until(lambda: titles(v) == ["By keys"])
+    v.until(lambda: v.page.evaluate("document.activeElement.className").endswith("tk-rename"))  # where it was left
     reach(".tk-delete")
     v.page.keyboard.press("Enter")
     v.page.wait_for_selector(".tk-yes:visible")
     assert v.page.evaluate("document.activeElement.className") == "tk-yes"
     v.page.keyboard.press("Enter")
     v.until(lambda: titles(v) == [] and v.page.locator("#ming-chat [data-testid=bot]").count() == 0)
+    assert v.errors == []
+
+
+def test_a_name_that_is_being_typed_outlives_an_answer_and_escape_stops_none(
+    serve: Any, visit: Any, settings: Settings
+) -> None:
+    slow = FakeEngine(long_text(40), delay=0.1)
+    v = visit(serve(slow, settings))
+    v.ask("a long story")
+    v.page.wait_for_selector("#ming-stop", state="visible")
+    v.until(lambda: titles(v) == ["a long story"])
+    v.page.locator("li.tk-here").hover()
+    v.page.locator(".tk-rename").first.click()
+    v.page.fill(".tk-name", "half a na")
+    v.finished()  # the answer ends, and the list is drawn anew
+    assert v.page.input_value(".tk-name") == "half a na"
+    assert v.page.evaluate("document.activeElement.className") == "tk-name"
+    v.page.keyboard.type("me")
+    v.page.keyboard.press("Enter")
+    v.until(lambda: titles(v) == ["half a name"])
+    v.ask("another long story")
+    v.page.wait_for_selector("#ming-stop", state="visible")
+    v.page.locator(".tk-rename").first.click()
+    v.page.keyboard.press("Escape")  # leaves the box, and nothing else
+    v.until(lambda: v.page.locator(".tk-name").count() == 0)
+    v.finished()
+    assert "word39" in v.text("#ming-chat [data-testid=bot] >> nth=-1") and titles(v) == ["half a name"]
+    assert v.errors == []
+
+
+def test_the_dropdown_names_the_role_of_the_conversation_in_view(serve: Any, visit: Any, settings: Settings) -> None:
+    said = FakeEngine("Aye.")
+    v = visit(serve(said, settings))
+    v.page.click("#ming-settings button")
+    v.page.locator("#ming-system input").click()
+    v.page.get_by_role("option", name="My own instructions").click()
+    v.page.fill("#ming-own-system textarea", "Answer like a pirate.")
+    talk(v, "who are you?")
+    assert said.calls[-1][0][0].content == "Answer like a pirate."
+    v.page.reload()
+    v.page.wait_for_selector("html[data-ming=ready]")
+    v.page.wait_for_selector("#ming-chat [data-testid=bot]")
+    v.page.click("#ming-settings button")
+    v.until(lambda: v.page.input_value("#ming-system input") == "My own instructions")
+    assert v.page.input_value("#ming-own-system textarea") == "Answer like a pirate."
     assert v.errors == []

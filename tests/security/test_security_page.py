@@ -95,6 +95,12 @@ def test_settings_of_the_launched_app(page: Page) -> None:
     assert not blocks.allowed_paths and {str(page.data), str(page.cache)} <= set(blocks.blocked_paths)
 
 
+def test_no_other_site_may_frame_the_page(page: Page) -> None:
+    for path in ("/", "config", "no/such/page"):
+        rules = page.http.get(path).headers["content-security-policy"].split(";")
+        assert "frame-ancestors 'self' https://huggingface.co" in [rule.strip() for rule in rules], path
+
+
 def test_one_endpoint_has_a_name(page: Page) -> None:
     info = page.http.get("gradio_api/info").json()
     assert set(info["named_endpoints"]) == {"/ask"} and info["unnamed_endpoints"] == {}
