@@ -171,4 +171,7 @@ def check_trace_file(file: str | None) -> None:
         )
     path = Path(file)
     if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UsageError(f"The trace file {file} cannot be written there.", f"轨迹文件 {file} 无法写入该位置。")
+        raise UsageError(
+            f"The trace cannot be written to {file}: its folder is not there, or not writable. Choose another path.",
+            f"无法将轨迹写入 {file}：文件夹不存在或不可写。请换一个路径。",
+        )

@@ -94,7 +94,8 @@ class Settings:
     streams: int = 8
     """Answers that are written at the same time; more wait."""
     kv_tokens: int = 0
-    """Tokens of all conversations together that the KV cache holds; 0: four times the context. Bounds its memory."""
+    """Tokens of all conversations together that the KV cache holds; 0: as many contexts as there is room for,
+    one to four. Bounds its memory."""
     max_queue: int = 32
     """Requests that may wait for their turn; one more is refused politely."""
     api_keys: str = field(default="", repr=False)

@@ -125,7 +125,10 @@ engine.close()
 
 def _what(title: str, adapter: Adapter, base: str) -> str:
     c = adapter.config
-    licence = next((f", {model.licence}" for model in list_models() if model.name == base), "")
+    licence = next(
+        (f", {model.licence.removesuffix(', Apache-2.0 (adapter)')}" for model in list_models() if model.name == base),
+        "",
+    )
     numbers = sum(array.size for array in adapter.tensors.values())
     return f"""\
 Experts and routers for the method of MING-MOE (arXiv 2404.09027): every FFN projection of every layer carries
@@ -168,7 +171,8 @@ def _data(summary: Mapping[str, Any]) -> str:
     return f"""\
 ## Trained on
 
-{summary["rows"]:,} conversations, {summary["tokens"]:,} tokens, of which {summary["answer_tokens"]:,} in answers (the loss looks at these only).
+{summary["rows"]:,} conversations, {summary["tokens"]:,} tokens, of which {summary["answer_tokens"]:,} in answers (the loss looks at these only;
+of streams named repeats it looks at the end of an answer that was made to repeat itself).
 Licence filter: {summary["licence_filter"]}{_FILTERED[summary["licence_filter"]]}. `exam_letter` streams ask for the letter alone, with the options in a new
 order each time. Held-out rows, and all dev and benchmark files, were not trained on. Sources marked "research use" add an
 "academic or research use only" clause to their licence: respect it when you use these weights.

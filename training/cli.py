@@ -320,7 +320,8 @@ def _read_evaluation(path: str | None, adapter: Adapter) -> dict[str, Any] | Non
         measured = evaluation["adapter_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{path} is not the JSON of `training evaluate`.", f"{path} 不是 `training evaluate` 输出的 JSON。"
+            f"{path} is not the JSON of this version's `training evaluate`; measure again.",
+            f"{path} 不是当前版本 `training evaluate` 输出的 JSON；请重新评测。",
         ) from error
     if not same:
         raise UsageError(f"{path} was measured on another base.", f"{path} 是在另一个基座上测得的。")

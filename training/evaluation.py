@@ -1,6 +1,6 @@
 """Runs a suite: loads what must be measured, one model at a time, base against adapter.
 
-{"model", "base", "fingerprint", "adapter", "precision",
+{"model", "base", "fingerprint", "adapter", "adapter_fingerprint", "precision",
  "exam" | "nlp" | "generation": {file: {"base": ..., "adapter": ...}}, "dev": {"base": ..., "adapter": ...}}
 """
 

@@ -69,11 +69,11 @@ class Batcher:
     def submit(self, *jobs: Job) -> None:
         """Queues jobs, in order. Raises UsageError once closed, BusyError when they cannot be taken now."""
         with self._changed:
-            if self._closed:
-                raise closed()
             try:
                 if self.draining:
                     raise BusyError.closing()
+                if self._closed:
+                    raise closed()
                 self._waiting.enter(jobs, self._running())
             except BusyError as error:
                 self.on_end(Outcome(error.kind))

@@ -23,7 +23,7 @@ from ming_app import errors
 from ming_app.engine.engine import Engine
 from ming_app.engine.prompt import ChatTokenizer
 from ming_app.engine.types import EngineInfo, Event, Finish, Intervention, Message, Outcome, SamplingParams
-from ming_app.errors import MingError, UsageError
+from ming_app.errors import BusyError, MingError, UsageError
 from ming_app.serve.answers import events
 from ming_app.settings import Settings
 
@@ -135,7 +135,7 @@ class EngineReplica:
             try:
                 return await asyncio.to_thread(engine.score, prefix, continuations, interventions)
             except Exception as error:
-                return Failure.of(error)
+                return Failure.of(BusyError.closing() if engine.closing.is_set() else error)
             finally:
                 self._heard = time.monotonic()
 
@@ -183,6 +183,8 @@ class EngineReplica:
             yield engine
         finally:
             self._using[engine] -= 1
+            if not self._using[engine]:
+                del self._using[engine]  # it holds no engine that is gone
 
     async def _retire(self, engine: Engine, seconds: float) -> None:
         """Lets the old engine end its answers, those that wait included, and closes it. Who still waits then is sent away with
@@ -192,7 +194,6 @@ class EngineReplica:
             await asyncio.sleep(RETIRED_POLL)
         await asyncio.to_thread(engine.drain, 0)
         await asyncio.to_thread(engine.close)
-        del self._using[engine]
 
     def _ready(self) -> Engine:
         if self._engine is None:

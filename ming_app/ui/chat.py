@@ -235,6 +235,8 @@ def open_talk(session: Session, talk: Conversation) -> None:
     session.talk, session.returned = talk, returned
     session.incognito = False
     read(session)
+    if returned:
+        look(session, returned)
 
 
 def read(session: Session) -> None:

@@ -307,7 +307,7 @@ class ChatTab:
         )
         self.chatbot.like(do.rate, [session], page, **QUIET)
         self.kept.change(None, [self.kept], None, js="(text) => ming.keep('chat', text)")
-        self.summary.blur(do.correct, [session, self.summary], None, **QUIET)
+        self.summary.blur(do.correct, [session, self.summary], [self.kept], **QUIET)
         noted = self.save_note.click(do.save_note, [session, self.summary], [self.download], **QUIET)
         noted.success(None, [self.download], None, js=SAVE)
         self._wire_settings()
@@ -320,7 +320,7 @@ class ChatTab:
         reset.then(self.do.tell, told, [self.own], **QUIET)
         # a text box: when it is left. Its `input` comes before its value does, and `change` when the server writes, too
         changed = [self.system.input, self.own.blur, self.starting.blur, self.starting.submit]
-        gr.on(changed, self.do.tell, told, [self.own], **QUIET)
+        gr.on(changed, self.do.tell, told, [self.own], trigger_mode="always_last", **QUIET)
         for kind, button in self.saves.items():
             saved = button.click(self.do.save(kind), [session], self.download, **QUIET)
             saved.success(None, [self.download], None, js=SAVE)

@@ -198,7 +198,8 @@ class ExplorerTab:
         seen = [self.grouping, self.heading, self.plot, self.detail]
         everything = [*shelf, *seen, self.notice]
         self.everything = everything
-        tab.select(self.refresh, [self.session], everything, **QUIET)
+        # not the notice: the tab is selected by code as well, with something to say
+        tab.select(lambda session: self.refresh(session)[:-1], [self.session], everything[:-1], **QUIET)
         self.source.input(self.choose, [self.session, self.source], everything, **QUIET)
         self.upload.upload(self.open, [self.session, self.upload], everything, **QUIET)
         self.example.click(self.open_example, [self.session], everything, **QUIET)

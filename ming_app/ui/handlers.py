@@ -176,7 +176,8 @@ class Handlers:
         """After an answer, or after one that never began (its place in the queue was lost): the box gets it back."""
         if session.question_waits:
             chat.stop(session)
-        return self.show(session)
+        *shown, _system, _own, last = self.show(session)
+        return [*shown, gr.skip(), gr.skip(), last]  # the role is as it was, and somebody may be writing one
 
     def go_on(self, session: Session) -> list[Any]:
         """The last answer is to be continued."""
@@ -186,11 +187,12 @@ class Handlers:
         """The explanation of a consultation, over the summary as the person left it."""
         return self._admit(session, lambda: chat.explain(session, summary or ""))
 
-    def correct(self, session: Session, summary: str) -> None:
-        """The person changes the summary of a consultation."""
-        if session.talk.mode == "consult" and summary and summary.strip():
+    def correct(self, session: Session, summary: str) -> Any:
+        """The person changes the summary of a consultation. Gives what the browser has to keep."""
+        if session.talk.mode == "consult" and session.talk.summary and summary and summary.strip():
             session.talk.summary = summary[: chat.MAX_CHARS]
             chat.keep(session)
+        return self.talks.kept(session)
 
     def choose_mode(self, session: Session, mode: str) -> None:
         begin_consultation(session, mode == "consult")

@@ -419,25 +419,40 @@ def test_a_name_that_is_being_typed_outlives_an_answer_and_escape_stops_none(
     v.page.keyboard.type("me")
     v.page.keyboard.press("Enter")
     v.until(lambda: titles(v) == ["half a name"])
+    v.page.click(".tk-new")
+    v.until(lambda: v.page.locator("#ming-chat [data-testid=bot]").count() == 0)
+    v.page.locator(".tk-list li").first.hover()
+    v.page.locator(".tk-rename").first.click()
+    v.page.keyboard.type("my story")
+    v.page.locator(".tk-new").click()  # what is pressed next acts at once
+    v.until(lambda: titles(v) == ["my story"])
+    v.page.locator(".tk-open").first.click()
+    v.until(lambda: v.page.locator("#ming-chat [data-testid=bot]").count() == 1)
     v.ask("another long story")
     v.page.wait_for_selector("#ming-stop", state="visible")
+    v.page.locator(".tk-list li").first.hover()
     v.page.locator(".tk-rename").first.click()
     v.page.keyboard.press("Escape")  # leaves the box, and nothing else
     v.until(lambda: v.page.locator(".tk-name").count() == 0)
     v.finished()
-    assert "word39" in v.text("#ming-chat [data-testid=bot] >> nth=-1") and titles(v) == ["half a name"]
+    assert "word39" in v.text("#ming-chat [data-testid=bot] >> nth=-1") and titles(v) == ["my story"]
     assert v.errors == []
 
 
 def test_the_dropdown_names_the_role_of_the_conversation_in_view(serve: Any, visit: Any, settings: Settings) -> None:
-    said = FakeEngine("Aye.")
+    said = FakeEngine(long_text(20), delay=0.1)
     v = visit(serve(said, settings))
     v.page.click("#ming-settings button")
     v.page.locator("#ming-system input").click()
     v.page.get_by_role("option", name="My own instructions").click()
+    v.page.fill("#ming-own-system textarea", "Be brief.")
+    v.ask("who are you?")
+    v.page.wait_for_selector("#ming-stop", state="visible")
     v.page.fill("#ming-own-system textarea", "Answer like a pirate.")
-    talk(v, "who are you?")
-    assert said.calls[-1][0][0].content == "Answer like a pirate."
+    v.finished()  # what is being written stays when an answer ends
+    assert v.page.input_value("#ming-own-system textarea") == "Answer like a pirate."
+    talk(v, "who are you really?")
+    assert [messages[0].content for messages, _ in said.calls] == ["Be brief.", "Answer like a pirate."]
     v.page.reload()
     v.page.wait_for_selector("html[data-ming=ready]")
     v.page.wait_for_selector("#ming-chat [data-testid=bot]")

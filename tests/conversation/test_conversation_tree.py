@@ -369,6 +369,12 @@ def test_the_models_wording_is_used_where_it_is_a_question(text: str, good: bool
         ("I don't know what medication it was", False),
         ("I'm not sure which drug", False),
         ("which medicine should I take?", True),
+        ("I don't know what medicine to take", True),
+        ("what is the maximum safe dosage?", True),
+        ("胰岛素打多少单位", True),
+        ("一次吃多少个好", True),
+        ("吃多少都不觉得饱", False),
+        ("医生给我的药", False),
     ],
 )
 def test_requests_for_drugs(text: str, order: bool) -> None:

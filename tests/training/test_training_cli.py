@@ -88,6 +88,9 @@ def test_train_evaluate_export(write_recipe, base: Base, corpus: Path, capsys: p
     (corpus / "eval.json").write_text(json.dumps({**result, "fingerprint": "0" * 64}))
     code, failure = run(capsys, *words, "--json")
     assert code == 2 and "another base" in failure["error"]["en"]
+    (corpus / "eval.json").write_text(json.dumps({**result, "adapter_fingerprint": "0" * 64}))
+    code, failure = run(capsys, *words, "--json")
+    assert code == 2 and "another adapter" in failure["error"]["en"]
 
 
 def test_the_official_layout_gives_the_same_logits(

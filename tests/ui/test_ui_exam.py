@@ -426,8 +426,10 @@ def test_help_that_never_began_ends_in_words(made: Any, how: str) -> None:
     tab, session = made(Silent() if how == "stopped" else FakeEngine(error=MingError("Too busy.", "太忙。")))
     begin(tab, session)
     do(tab, session, "submit", "A")
+    steps = tab.help.ask("explain")(session, None)
+    next(steps)
     threading.Timer(0.2, tab.help.stop_help, [session]).start()
-    last = ask(tab, session, "explain")[-1]
+    last = names(tab, list(steps)[-1])
     assert last["stop"]["visible"] is False
     assert ("Too busy." in last["note"]) == (how == "refused")
 

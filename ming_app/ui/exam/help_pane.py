@@ -281,7 +281,7 @@ class HelpPane:
         try:
             room, sitting = self._asked(session, True)
             index = sitting.position
-            room.stop_case = cancel = threading.Event()
+            room.stop_case = cancel = _Left(lambda: room.sitting is not sitting or sitting.position != index)
             wait = pages.told(lang, t(lang, "exam.ai.case_wait"))
             yield {self.note: wait, self.case: "", self.stop: gr.update(visible=True)}
             earlier = payload.earlier_parts(sitting, index)
@@ -345,6 +345,17 @@ class HelpPane:
         room = self.tab.room(session)
         error, room.error = room.error, None
         return pages.told(session.lang, "", error) if error is not None else ""
+
+
+class _Left(threading.Event):
+    """Set also once the person has gone on to something else."""
+
+    def __init__(self, gone: Callable[[], bool]):
+        super().__init__()
+        self._gone = gone
+
+    def is_set(self) -> bool:
+        return super().is_set() or self._gone()
 
 
 def _opinion(lang: str, sitting: Sitting, index: int, found: Attempt) -> str:

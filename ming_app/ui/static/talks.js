@@ -38,37 +38,44 @@ function keepingFocus(redraw) {
   made?.focus({ preventScroll: true });
   back = null;
 }
-function rows() {
-  $(".tk-list").replaceChildren(...now.items.map((item) => {
-    const row = node("li", item.here ? "tk-here" : "");
-    row.dataset.id = item.id;
-    if (renaming === item.id) {
-      const box = node("input", "tk-name");
-      box.value = item.title;
-      box.maxLength = 80;
-      box.setAttribute("aria-label", words.rename);
-      box.addEventListener("keydown", (event) => {
-        if (event.isComposing || event.keyCode === 229) return;
-        if (event.key === "Enter") { done(); send("rename", item.id, box.value); }
-        if (event.key === "Escape") { done(); draw(); }
-      });
-      box.addEventListener("blur", () => { if (renaming) { renaming = ""; draw(); send("rename", item.id, box.value); } });
-      row.append(box);
-      queueMicrotask(() => { box.focus(); box.select(); });
-      return row;
-    }
-    const open = node("button", "tk-open"), label = node("span", "tk-title", (item.pinned ? "📌 " : "") + (item.title || words.untitled));
-    open.append(label, node("small", "", item.when));
-    if (item.here) open.setAttribute("aria-current", "true");
-    open.addEventListener("click", () => send("open", item.id));
-    row.append(
-      open,
-      small("tk-pin", item.pinned ? "★" : "☆", words[item.pinned ? "unpin" : "pin"], () => send("pin", item.id, !item.pinned)),
-      small("tk-rename", "✎", words.rename, () => { renaming = item.id; draw(); }),
-      small("tk-delete", "×", words.delete, () => ask({ do: "delete", id: item.id, text: words.sure_delete.replace("{title}", item.title || words.untitled) })),
-    );
+function rows() { $(".tk-list").replaceChildren(...now.items.map(rowOf)); }
+function rowOf(item) {
+  const row = node("li", item.here ? "tk-here" : "");
+  row.dataset.id = item.id;
+  if (renaming === item.id) {
+    const box = node("input", "tk-name");
+    box.value = item.title;
+    box.maxLength = 80;
+    box.setAttribute("aria-label", words.rename);
+    box.addEventListener("keydown", (event) => {
+      if (event.isComposing || event.keyCode === 229) return;
+      if (event.key !== "Enter" && event.key !== "Escape") return;
+      event.preventDefault(); // the button that gets the focus must not be pressed by the same key
+      done();
+      draw();
+      if (event.key === "Enter") send("rename", item.id, box.value);
+    });
+    box.addEventListener("blur", () => {
+      if (renaming !== item.id) return;
+      renaming = "";
+      row.replaceWith(rowOf(item)); // no other row: one of its buttons may be pressed just now
+      send("rename", item.id, box.value);
+    });
+    row.append(box);
+    queueMicrotask(() => { box.focus(); box.select(); });
     return row;
-  }));
+  }
+  const open = node("button", "tk-open"), label = node("span", "tk-title", (item.pinned ? "📌 " : "") + (item.title || words.untitled));
+  open.append(label, node("small", "", item.when));
+  if (item.here) open.setAttribute("aria-current", "true");
+  open.addEventListener("click", () => send("open", item.id));
+  row.append(
+    open,
+    small("tk-pin", item.pinned ? "★" : "☆", words[item.pinned ? "unpin" : "pin"], () => send("pin", item.id, !item.pinned)),
+    small("tk-rename", "✎", words.rename, () => { renaming = item.id; draw(); }),
+    small("tk-delete", "×", words.delete, () => ask({ do: "delete", id: item.id, text: words.sure_delete.replace("{title}", item.title || words.untitled) })),
+  );
+  return row;
 }
 function done() { back = [renaming, "tk-rename"]; renaming = ""; }
 function ask(what) { sure = what; confirmation(); $(".tk-yes").focus(); }
