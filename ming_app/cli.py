@@ -245,15 +245,15 @@ def _warn(question: str, settings: Settings, console: Console) -> None:
 
 
 def _after_answer(console: Console, values: dict[str, Any]) -> None:
-    from ming_app.safety.output import check_answer, note_text
+    from ming_app.safety.notices import answer_notes
 
     rate, first = values["tokens_per_second"], values["seconds_to_first_token"]
     console.note(
         f"[{values['model']} {values['precision']}, {values['new_tokens']} tokens, {rate:.1f} tokens/s, first after {first:.2f} s, {values['finish_reason']}]",
         f"[{values['model']} {values['precision']}，{values['new_tokens']} 个词元，{rate:.1f} 词元/秒，首词元 {first:.2f} 秒，{values['finish_reason']}]",
     )
-    for check in check_answer(values["text"]):
-        console.note(*(f"! {note_text(check.check, lang)}" for lang in ("en", "zh")))
+    for said in answer_notes(values["text"]):
+        console.note(*said)
     console.note(*DISCLAIMER)
 
 
@@ -314,6 +314,7 @@ def _make_trace(
     changes = tuple(parse_intervention(text) for text in args.intervene)
     question, params = _question(args.prompt), replace(_sampling(args, trace=True), interventions=changes)
     check_trace_file(file)
+    _warn(question, settings, console)
     with closing(load_engine(settings, console.progress)) as engine:
         if not engine.info.num_experts:
             raise _no_experts()

@@ -19,7 +19,7 @@ from ming_app.console import Console
 from ming_app.engine.types import Message, SamplingParams, Start
 from ming_app.errors import MingError, TraceError, UsageError
 from ming_app.molora.trace import RouterTrace
-from ming_app.safety.notices import warning
+from ming_app.safety.notices import answer_notes, warning
 from ming_app.ui.record import save_record
 
 HELP = (
@@ -163,6 +163,8 @@ class Repl:
             return
         self.console.line()
         self.replies.append(reply.to_dict(self.engine.info))
+        for note in answer_notes(self.replies[-1]["text"]):
+            self.console.note(*note)
         if reply.finish.reason == "cancelled":
             self.console.note("(stopped)", "（已停止）")
         elif reply.finish.reason == "length":

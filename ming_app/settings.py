@@ -57,13 +57,13 @@ class Settings:
     model: str = "ming-moe-1.5b"
     """A name of weights/catalog.toml, a local folder, or a hub id."""
     adapter: str = ""
-    """Adapter folder to use in place of the catalogue's; "none" serves the bare base."""
+    """Adapter to use in place of the catalogue's: a folder, a name of the catalogue, or a hub id; "none" serves the bare base."""
     weights: str = ""
     """A file or folder that holds the base weights already (tried before any download; its hash still decides)."""
     cache_dir: Path = field(default_factory=default_cache_dir)
     """Where downloads and built engines live; MING_CACHE_DIR moves it."""
     data_dir: Path = field(default_factory=default_data_dir)
-    """Where exam progress and imported banks are kept; MING_DATA_DIR moves it."""
+    """Where conversations, exam progress and imported banks are kept; MING_DATA_DIR moves it."""
     progress: str = "auto"
     """Who keeps exam progress: "disk" (this machine, for whoever opens the page), "browser" (each visitor's own), "auto"
     (disk where only this machine can reach the page, else browser), "account" (this machine, apart for every visitor who
@@ -73,7 +73,7 @@ class Settings:
     device: str = "auto"
     """"auto", "cpu" or "cuda"."""
     threads: int = 0
-    """CPU threads of the engine; 0 means one per physical core."""
+    """CPU threads of the engine; 0: one for each core that the process may use."""
     context: int = 4096
     """Context limit in tokens (prompt + answer), capped by the model's own."""
     host: str = "127.0.0.1"
@@ -103,7 +103,7 @@ class Settings:
     drain_seconds: int = 30
     """Seconds that answers have to end when the server is stopped; what is written by then is kept."""
     per_visitor: int = 4
-    """Unfinished requests that one visitor of the page, or one key of the API, may have; 0: any number."""
+    """Unfinished requests that one visitor of the page, or one key of the API (or `user` of it), may have; 0: any number."""
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -358,6 +358,9 @@ def test_ask_and_chat_warn_before_the_answer(run: Run) -> None:
     assert "120" in talked.err or "heart" in talked.err
     dosed = run("ask", "my knee aches", engine=FakeEngine("Take 400 mg of ibuprofen every 6 hours."))
     assert "names a dose" in dosed.err
+    assert "names a dose" in run("chat", stdin="my knee aches\n", engine=FakeEngine("Take 400 mg of ibuprofen.")).err
+    traced = run("trace", "--prompt", "my husband has crushing chest pain and is sweating")
+    assert "heart attack" in traced.err
 
 
 def test_mcp_without_its_package_names_the_remedy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,8 @@ def export_adapter(recipe: Recipe, base: Base, run: Path) -> Adapter:
         )
     if state.recipe_identity != recipe.identity():
         raise TrainingError(
-            f"The run in {run} was made with another recipe; only budget limits, saving, device, threads and gradient checkpointing may differ.",
-            f"{run} 中的训练使用的是另一份配方；只有预算上限、保存、设备、线程和梯度检查点可以不同。",
+            f"The run in {run} was made with another recipe; only budget limits, saving, explosion, device, threads and gradient checkpointing may differ.",
+            f"{run} 中的训练使用的是另一份配方；只有预算上限、保存、explosion、设备、线程和梯度检查点可以不同。",
         )
     summary = run_summary(mix, run, state.progress.to_dict())
     return extract(injected, base_fingerprint=base.fingerprint, summary=summary)

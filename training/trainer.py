@@ -280,9 +280,9 @@ class Trainer:
         state = load_state(self.folder, self.parameters, self.optimizer)
         if state.recipe_identity != self.recipe.identity() or state.base_fingerprint != self.base.fingerprint:
             raise TrainingError(
-                f"The run in {self.folder} was started with another recipe or base; only budget limits, saving, device, threads "
+                f"The run in {self.folder} was started with another recipe or base; only budget limits, saving, explosion, device, threads "
                 "and gradient checkpointing may change. Start anew with another --run folder.",
-                f"{self.folder} 中的训练使用的是另一份配方或另一个基座；续训时只能修改预算上限、保存、设备、线程和梯度检查点。"
+                f"{self.folder} 中的训练使用的是另一份配方或另一个基座；续训时只能修改预算上限、保存、explosion、设备、线程和梯度检查点。"
                 "请换一个 --run 文件夹重新开始。",
             )
         self.progress, self.best = state.progress, state.best

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from ming_app.safety.output import check_answer, note_text
 from ming_app.safety.red_flags import Assessment, assess
 from ming_app.safety.rules import FOLDER
 
@@ -41,9 +42,8 @@ def banner(category: str, lang: str, region: str = "auto") -> Banner:
     table = _actions()
     entry = table.get(category, table["other"])
     numbers = table["numbers"][("cn" if lang == "zh" else "world") if region == "auto" else region]
-    known = {name: value for name, value in numbers.items() if not name.endswith("_en")}
+    known = {name: numbers.get(f"{name}_{lang}", value) for name, value in numbers.items() if "_" not in name}
     if lang == "en":
-        known |= {"line": numbers.get("line_en", numbers["line"])}
         known = {name: value.strip() for name, value in known.items()}
     return Banner(category, entry[f"title_{lang}"], entry[f"do_{lang}"].format(**known))
 
@@ -60,6 +60,11 @@ def warning(messages: Sequence[str], region: str = "auto") -> tuple[str, str] | 
         return None
     en, zh = (f"!! {banner(found.category, lang, region).text}" for lang in ("en", "zh"))
     return en, zh
+
+
+def answer_notes(answer: str) -> list[tuple[str, str]]:
+    """What a terminal says after an answer, in English and Chinese: a note for each thing in it that needs one."""
+    return [(f"! {note_text(one.check, 'en')}", f"! {note_text(one.check, 'zh')}") for one in check_answer(answer)]
 
 
 def triage(text: str, region: str = "auto", lang: str = "") -> dict[str, Any]:

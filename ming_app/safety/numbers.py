@@ -170,18 +170,19 @@ def facts(text: str) -> frozenset[str]:
             for name, low in (("temp_38", 38), ("temp_39", 39), ("temp_40", 40), ("temp_41", 40.9))
             if celsius >= low
         }
-        if celsius < 35:
-            found.add("temp_low")
+        found |= {name for name, high in (("temp_36", 36), ("temp_low", 35)) if celsius < high}
     if _BP_WORD.search(text):
         for pair in _BP.finditer(text):
             high, low = float(pair[1]), float(pair[2])
             if high > low:
                 found |= {"bp_high"} if high >= 180 or low >= 120 else set()
+                found |= {"bp_160"} if high >= 160 or low >= 110 else set()
                 found |= {"bp_raised"} if high >= 140 or low >= 90 else set()
-                found |= {"bp_low"} if high < 85 else set()
+                found |= {"bp_low"} if high <= 90 else set()
         for high in _values(_BP_HIGH, text):
             found |= {"bp_high"} if high >= 180 else set()
-            found |= {"bp_low"} if high < 85 else set()
+            found |= {"bp_160"} if high >= 160 else set()
+            found |= {"bp_low"} if high <= 90 else set()
     found |= {"oxygen_low" for value in _values(_SPO2, text) if 40 < value < 92}
     for rate in _values(_PULSE, text):
         found |= {"pulse_high"} if 140 <= rate < 300 else set()

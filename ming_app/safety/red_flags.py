@@ -59,12 +59,13 @@ class Assessment:
 
 
 RANK = (
-    "self_harm", "arrest", "drowning", "electric", "anaphylaxis", "airway", "swallowed", "obstetric", "ectopic", "infant",
+    "electric", "arrest", "self_harm", "drowning", "anaphylaxis", "airway", "swallowed", "obstetric", "ectopic", "infant",
     "cardiac", "stroke", "poisoning", "seizure", "bites", "head_injury", "trauma", "burns", "heat", "metabolic", "sepsis", "bleeding",
     "consciousness", "clot", "torsion", "cauda_equina", "vision", "limb", "abdomen", "harm_others", "psychosis", "shock",
     "other",
 )  # fmt: skip
-"""categories; of several, the banner takes the first: what has a cause of its own comes before what may have many"""
+"""categories; of several, the banner takes the first: what endangers the helper, then who needs resuscitation, then what has a
+cause of its own before what may have many"""
 
 
 @dataclass

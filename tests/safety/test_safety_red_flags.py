@@ -88,6 +88,18 @@ def test_it_is_quick() -> None:
         ("homework stress made me take 40 paracetamol", "poisoning"),
         ("宝宝被果冻噎住了脸发紫", "airway"),
         ("孕33周，突然流了好多血", "obstetric"),
+        ("我怀孕34周，血压165/112", "obstetric"),
+        ("我34周孕，今早自己量血压 162/98", "obstetric"),
+        ("a stray dog scratched my face", "bites"),
+        ("被流浪狗咬破皮了", "bites"),
+        ("I woke up and there was a bat in the room, it left a tiny scratch", "bites"),
+        ("crushing chest pressure, I took some Tums for it", "cardiac"),
+        ("my 3 week old baby has a temperature of 35.4", "infant"),
+        ("I vomited blood, it has stopped now", "bleeding"),
+        ("my blood pressure is 88/50 and I'm in a cold sweat", "shock"),
+        ("he tried to kill himself and is not breathing", "arrest"),
+        ("他自杀了，没有呼吸", "arrest"),
+        ("he was electrocuted by the overhead line and is not breathing", "electric"),
     ],
 )
 def test_emergencies_in_lay_words(text: str, category: str) -> None:
@@ -193,8 +205,8 @@ def test_rules_are_whole() -> None:
     book = rule_book()
     known = {concept.name for concept in book.concepts}
     facts = {
-        "age_under_90_days age_under_1_year age_under_6_years age_over_50_years temp_38 temp_39 temp_40 temp_41 temp_low "
-        "bp_high bp_raised bp_low oxygen_low pulse_high pulse_low sugar_low sugar_high tablets_many minutes_5 minutes_20 hours "
+        "age_under_90_days age_under_1_year age_under_6_years age_over_50_years temp_38 temp_39 temp_40 temp_41 temp_36 temp_low "
+        "bp_high bp_160 bp_raised bp_low oxygen_low pulse_high pulse_low sugar_low sugar_high tablets_many minutes_5 minutes_20 hours "
         "pregnant_late pregnant_early"
     }.pop()
     for rule in book.rules:
