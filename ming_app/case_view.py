@@ -22,6 +22,7 @@ from ming_app.exam.question import TYPES, Question
 from ming_app.exam.wording import ask_for_letter, ask_for_reasons, whole_stem
 from ming_app.molora.config import PROJECTIONS
 from ming_app.molora.trace import RouterTrace
+from ming_app.safety.output import loop_start
 
 REASON_TOKENS = 220
 SIDES: dict[str, tuple[Intervention, ...]] = {"base": BASE, "adapted": ()}
@@ -81,6 +82,10 @@ def study(
                 if isinstance(event, Token):
                     text += event.text
                     on_text(name, text)
+                    start = loop_start(text)
+                    if start is not None:  # it only repeats itself from here on
+                        text = text[:start]
+                        break
         if cancel is not None and cancel.is_set():
             raise StoppedError("Stopped.", "已停止。")
         sides[name] = Side(chances, text.strip())

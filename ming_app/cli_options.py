@@ -114,7 +114,11 @@ def settings_options(console: Console) -> argparse.ArgumentParser:
     parser = Parser(add_help=False)
     parser.add_argument("--model", help=t("catalogue name, local folder or hub id", "模型名、本地文件夹或 hub id"))
     parser.add_argument(
-        "--adapter", help=t('adapter folder, catalogue name or hub id; "none" for the bare base', "适配器文件夹、模型名或 hub id；none 表示只用基座")
+        "--adapter",
+        help=t(
+            'adapter folder, catalogue name or hub id; "none" for the bare base',
+            "适配器文件夹、模型名或 hub id；none 表示只用基座",
+        ),
     )
     parser.add_argument(
         "--weights", metavar="PATH", help=t("file or folder with the base weights", "已有基座权重的文件或文件夹")

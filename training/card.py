@@ -171,14 +171,18 @@ def _data(summary: Mapping[str, Any]) -> str:
     return f"""\
 ## Trained on
 
-{summary["rows"]:,} conversations, {summary["tokens"]:,} tokens, of which {summary["answer_tokens"]:,} in answers (the loss looks at these only;
-of streams named repeats it looks at the end of an answer that was made to repeat itself).
+{summary["rows"]:,} conversations, {summary["tokens"]:,} tokens, of which {summary["answer_tokens"]:,} in answers (the loss looks at these only{_repeats(summary)}).
 Licence filter: {summary["licence_filter"]}{_FILTERED[summary["licence_filter"]]}. `exam_letter` streams ask for the letter alone, with the options in a new
 order each time. Held-out rows, and all dev and benchmark files, were not trained on. Sources marked "research use" add an
 "academic or research use only" clause to their licence: respect it when you use these weights.
 
 {chr(10).join(rows)}
 """
+
+
+def _repeats(summary: Mapping[str, Any]) -> str:
+    names = summary.get("repeats", ())
+    return f";\nin {', '.join(names)} at the end of answers that were made to repeat themselves" if names else ""
 
 
 def _method(adapter: Adapter) -> str:

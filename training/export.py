@@ -69,6 +69,7 @@ def run_summary(mix: Mix, run: Path, progress: dict[str, Any]) -> dict[str, Any]
         "licence_filter": recipe.data.licences,
         "held_out": {row["stream"]: row["held_out"] for row in starts[-1]["mix"]},
         "seen": mix.seen(progress["block"], progress["batch"]),
+        "repeats": [stream.name for stream in recipe.stream if stream.repeats],
         "last_loss": steps[-1]["loss"] if steps else None,
         "dev_loss": evaluations[-1]["dev_loss"] if evaluations else None,
     }

@@ -55,4 +55,5 @@ def _spaced(span: list[str], written: str) -> list[str]:
 
 
 def _counted(piece: str, more: int) -> str:
-    return _NUMBER.sub(lambda found: f"{found[1]}{int(found[2]) + more}", piece, count=1) if more else piece
+    found = _NUMBER.match(piece)
+    return f"{found[1]}{int(found[2]) + more}{piece[found.end() :]}" if found and more else piece
