@@ -26,7 +26,7 @@ LONGEST = 160  # characters of a worded question
 
 _ORDER = re.compile(
     r"\b(?:(?:can|could|will|would|please|to|just) (?:you )?prescribe|prescribe me|(?:need|want|give me|get) (?:a |the |your )?prescription|(?<!know )(?<!remember )(?<!sure )(?<!forgot )(?:what|which) (?:medicine|medication|drug|pill|tablet|antibiotic|dose)\w*|how (?:much|many) \w+ (?:should|can|do) i (?:take|give)|(?:what|which) (?:medicine|medication|drug|pill|tablet|antibiotic|dose)\w* (?:to|should|can|do i)|what(?:s| is) the (?:\w+ ){0,2}(?:dose|dosage)|(?:should|can) i (?:take|give \w+) (?:an? )?(?:antibiotic|aspirin|ibuprofen|paracetamol|tylenol|steroid|pill|tablet)\w*|give me (?:a |some )?(?:medicine|drug|pill|prescription))\b"
-    r"|(?<!给我)(?<!医生)(?<!医院)开(?:点|些|个|什么|啥)药(?!了)|(?:请|帮我?|给我|能不能|可以|麻烦)(?:您|你)?(?:给我)?开(?:点|些|个|什么|啥)?药(?!了)|(?:请|帮我?|给我|能不能|可以)(?:您|你)?(?:给我)?开(?:个|张)?处方|(?<![没不未无有])(?:吃|用)(?:什么|啥)药|该吃(?:哪|什么)|(?:吃|用|打)多少(?!吐|拉|[^?,。]{0,4}都)|多大剂量|剂量是?多少|一次(?:吃|用)几|推荐.{0,4}药|给我(?!的)(?![配买拿换吃用开]过?[的了])(?!吃药).{0,4}药"
+    r"|(?<!给我)(?<!医生)(?<!医院)开(?:点|些|个|什么|啥)药(?!了)|(?:请|帮我?|给我|能不能|可以|麻烦)(?:您|你)?(?:给我)?开(?:点|些|个|什么|啥)?药(?!了)|(?:请|帮我?|给我|能不能|可以)(?:您|你)?(?:给我)?开(?:个|张)?处方|(?<![没不未无有])(?:吃|用)(?:什么|啥)药|该吃(?:哪|什么)|(?:吃|用|打)多少(?!吐|拉|饭|东西|[^?,。]{0,4}[都也还])|多大剂量|剂量是?多少|一次(?:吃|用)几|推荐.{0,4}药|给我(?!的)(?![配买拿换吃用开]过?[的了])(?!吃药).{0,4}药"
 )
 
 

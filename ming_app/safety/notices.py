@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,10 @@ AI_LABEL: Mapping[str, str] = {
     "en": "AI-generated; may be wrong; not medical advice.",
     "zh": "内容由人工智能生成，可能有误，不能替代医生诊疗。",
 }
+
+
+CRISIS = "self_harm"
+"""the category that is never told without a crisis line"""
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,22 @@ def banner(category: str, lang: str, region: str = "auto") -> Banner:
 
 
 def assessed(found: Assessment, lang: str = "", region: str = "auto") -> Banner | None:
-    """The banner of an assessment; None where nothing was found."""
-    return banner(found.category, lang or found.lang, region) if found.flags else None
+    """The banner of an assessment; None where nothing was found. Whoever may mean to harm themselves is told where to find help,
+    whatever else was found."""
+    if not found.flags:
+        return None
+    lang = lang or found.lang
+    shown = banner(found.category, lang, region)
+    if found.category != CRISIS and any(flag.category == CRISIS for flag in found.flags):
+        shown = replace(shown, action=f"{shown.action} {banner(CRISIS, lang, region).text}")
+    return shown
 
 
 def warning(messages: Sequence[str], region: str = "auto") -> tuple[str, str] | None:
     """What a terminal says, in English and Chinese, about a red flag in a person's messages; None where there is none."""
     found = assess(messages)
-    if not found.flags:
-        return None
-    en, zh = (f"!! {banner(found.category, lang, region).text}" for lang in ("en", "zh"))
-    return en, zh
+    en, zh = (assessed(found, lang, region) for lang in ("en", "zh"))
+    return (f"!! {en.text}", f"!! {zh.text}") if en is not None and zh is not None else None
 
 
 def answer_notes(answer: str) -> list[tuple[str, str]]:

@@ -374,6 +374,8 @@ def test_the_models_wording_is_used_where_it_is_a_question(text: str, good: bool
         ("胰岛素打多少单位", True),
         ("一次吃多少个好", True),
         ("吃多少都不觉得饱", False),
+        ("吃多少也不胖", False),
+        ("吃多少还是饿", False),
         ("医生给我的药", False),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ming_app.safety import numbers, score
-from ming_app.safety.notices import banner, triage
+from ming_app.safety.notices import assessed, banner, triage, warning
 from ming_app.safety.red_flags import RANK, assess
 from ming_app.safety.rules import FOLDER, RuleError, rule_book, truth
 from ming_app.safety.text import language, plain
@@ -258,3 +258,24 @@ def test_sentences_are_ours_and_labelled(tmp_path: Path) -> None:
     for sentence in read("labelled"):
         assert sentence.turns and all(turn.strip() for turn in sentence.turns)
         assert bool(sentence.category) == sentence.red_flag
+
+
+@pytest.mark.parametrize(
+    ("said", "first"),
+    [
+        (["he tried to kill himself and is not breathing"], "arrest"),
+        (
+            ["I was electrocuted by the overhead line an hour ago", "I want to die, I am going to kill myself"],
+            "electric",
+        ),
+        (["我被高压线电到了", "我不想活了，想自杀"], "electric"),
+    ],
+)
+def test_a_crisis_line_is_there_whatever_comes_first(said: list[str], first: str) -> None:
+    found = assess(said)
+    assert found.category == first
+    for lang, line in (("en", "12356"), ("zh", "12356")):
+        shown = assessed(found, lang, "cn")
+        assert shown is not None and line in shown.text
+    said_there = warning(said, "us")
+    assert said_there is not None and all("988" in text for text in said_there)
