@@ -156,7 +156,7 @@ def test_an_update_lets_old_answers_end_and_serves_new_ones(run: Any) -> None:
         before = await old
         assert before[0].fingerprint == "ab+old" and before[-1].reason in ("stop", "length")
         await asyncio.gather(*replica._retiring)
-        with pytest.raises(UsageError):  # closed
+        with pytest.raises(BusyError):  # closed
             loads.engines["old"].score(QUESTION, ["a"])
 
     run(work, pause=0.02)

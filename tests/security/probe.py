@@ -91,7 +91,9 @@ done["ask"] = call("ask", secret("question")) and call("answer", *sampling)
 done["save_trace"] = call("save")
 done["ask_broken"] = call("ask", f"break {secret('question')}") and call("answer", *sampling)
 done["settle"] = call("settle")
-talk = json.loads(said[-1])["output"]["data"][-3]["items"][0]["id"]
+shown = json.loads(said[-1])["output"]["data"]
+[listed] = [one for one in shown if isinstance(one, dict) and "items" in one]
+talk = listed["items"][0]["id"]
 done["rename"] = talks("rename", secret("title"), talk)
 done["search"] = talks("search", secret("search"))
 for kind in ("markdown", "html", "json", "all", "feedback"):

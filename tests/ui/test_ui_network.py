@@ -81,8 +81,9 @@ def served():
 
 def test_headers_keep_the_browser_here(served) -> None:
     answer = httpx.get(served[1], trust_env=False)
-    policy = answer.headers["content-security-policy"]
+    policy, who_may_frame = answer.headers["content-security-policy"].split("frame-ancestors")
     assert "default-src 'self'" in policy and "connect-src 'self'" in policy and "http" not in policy
+    assert who_may_frame.split() == ["'self'", "https://huggingface.co"]
     assert answer.headers["referrer-policy"] == "no-referrer"
 
 
