@@ -249,13 +249,10 @@ class RemoteEngine:
 
     def _heard(self, info: EngineInfo) -> None:
         """The replica that answers says what it serves: after an update not what was served before."""
-        if info == self.info and _base(info) == self._base:
-            return
         if _base(info) != self._base:
             described, tokenizer = self._handle.describe.remote().result()
-            if _base(described) == _base(
-                info
-            ):  # else one answered that is still to be updated: the next answer asks again
+            # else one answered that is still to be updated, and the next answer asks again
+            if _base(described) == _base(info):
                 self.tokenizer, self._base = tokenizer, _base(info)
         self.info = info
 
@@ -281,9 +278,8 @@ class RemoteEngine:
             if not isinstance(found, Failure):
                 return found
             error = found.error()
-            if (
-                not isinstance(error, BusyError) or error.kind != "closing"
-            ):  # an engine that is exchanged sends away who waits
+            # an engine that is exchanged sends away who waits
+            if not isinstance(error, BusyError) or error.kind != "closing":
                 raise error
             time.sleep(POLL)
         raise BusyError.lost()

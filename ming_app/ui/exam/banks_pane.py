@@ -21,7 +21,6 @@ from ming_app.ui.bilingual import labelled
 from ming_app.ui.chat import Session
 from ming_app.ui.exam import pages
 from ming_app.ui.exam.reading import Reading, chosen_options, reading_choices, reading_words
-from ming_app.ui.exam.room import Room
 from ming_app.ui.handlers import QUIET, Updates
 from ming_app.ui.text import t
 

@@ -202,9 +202,8 @@ class HelpPane:
                     if room.place != place:  # another question is in view by now
                         return
                     yield self._help(helper, note, shown)
-            said = (
-                helper.turns[-1].text if helper.turns else ""
-            )  # refused or stopped before its first word, it took back
+            # refused, or stopped before its first word, it has no turn
+            said = helper.turns[-1].text if helper.turns else ""
             letter = tutor.final_letter(said) if kind in ("explain", "why_not") else ""
             right = letters_shown(order, question.answer)
             if letter and letter not in right:
