@@ -43,13 +43,16 @@ def _actions() -> dict[str, Any]:
 
 def banner(category: str, lang: str, region: str = "auto") -> Banner:
     """What to do about a red flag of `category`, in `lang` ("zh" or "en"), with the numbers of `region`."""
-    table = _actions()
-    entry = table.get(category, table["other"])
-    numbers = table["numbers"][("cn" if lang == "zh" else "world") if region == "auto" else region]
+    entry = _actions().get(category, _actions()["other"])
+    return Banner(category, entry[f"title_{lang}"], _with_numbers(entry[f"do_{lang}"], lang, region))
+
+
+def _with_numbers(text: str, lang: str, region: str) -> str:
+    numbers = _actions()["numbers"][("cn" if lang == "zh" else "world") if region == "auto" else region]
     known = {name: numbers.get(f"{name}_{lang}", value) for name, value in numbers.items() if "_" not in name}
     if lang == "en":
         known = {name: value.strip() for name, value in known.items()}
-    return Banner(category, entry[f"title_{lang}"], entry[f"do_{lang}"].format(**known))
+    return text.format(**known)
 
 
 def assessed(found: Assessment, lang: str = "", region: str = "auto") -> Banner | None:
@@ -60,7 +63,8 @@ def assessed(found: Assessment, lang: str = "", region: str = "auto") -> Banner 
     lang = lang or found.lang
     shown = banner(found.category, lang, region)
     if found.category != CRISIS and any(flag.category == CRISIS for flag in found.flags):
-        shown = replace(shown, action=f"{shown.action} {banner(CRISIS, lang, region).text}")
+        also = _with_numbers(_actions()[CRISIS][f"also_{lang}"], lang, region)
+        shown = replace(shown, action=f"{shown.action} {also}")
     return shown
 
 
